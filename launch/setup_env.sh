@@ -1,0 +1,60 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository with everything the project needs. Idempotent: a finished environment is left alone.
+#
+#   PYTHON             interpreter to build it with (default python3; 3.11 or newer)
+#   TORCH_INDEX_URL    package index for torch, e.g. one that serves CPU builds
+#   MEGATRON_ACT_VENV  folder of the environment (default .venv in the repository)
+set -euo pipefail
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${MEGATRON_ACT_VENV:-$root/.venv}"
+python="${PYTHON:-python3}"
+megatron="megatron-core==0.19.2"
+stamp="$venv/.megatron-act-ready"
+
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+
+command -v "$python" >/dev/null || fail "expected a Python interpreter, got none named '$python': set PYTHON"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+  fail "expected Python 3.11 or newer, got $("$python" --version 2>&1): set PYTHON"
+command -v c++ >/dev/null || fail "expected a C++ compiler (c++), got none: megatron-core builds a small extension"
+
+# A change of the requirements or of the interpreter makes a new environment; anything else reuses it.
+want="$(cat "$root/setup.py" "$root/launch/setup_env.sh" | cksum) $("$python" --version 2>&1)"
+if [[ -f "$stamp" && "$(cat "$stamp")" == "$want" ]]; then
+  exit 0
+fi
+
+echo "setting up $venv (once; a few minutes)"
+"$python" -m venv "$venv"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
+
+# torch first, so that nothing else chooses its build. Without an NVIDIA driver a CPU build is enough: 2.13.0 is the
+# version that the tests ran with.
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+  echo "  torch"
+  if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
+    "${pip[@]}" install torch --index-url "$TORCH_INDEX_URL"
+  elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+    "${pip[@]}" install torch
+  else
+    "${pip[@]}" install torch==2.13.0
+  fi
+fi
+
+# megatron-core compiles an extension against pybind11; its metadata asks for Python 3.12, though it runs on 3.11.
+echo "  megatron-core"
+if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info >= (3, 12))'; then
+  "${pip[@]}" install numpy packaging
+  "${pip[@]}" install --no-deps --no-binary megatron-core --ignore-requires-python "$megatron"
+else
+  "${pip[@]}" install "$megatron"
+fi
+
+echo "  megatron-act and its requirements"
+"${pip[@]}" install --editable "$root[dev]"
+printf '%s' "$want" >"$stamp"
+echo "ready: $venv"

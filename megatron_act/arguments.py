@@ -1,0 +1,138 @@
+"""The command line: Megatron's flags, the few of this project, and a YAML of either.
+
+``--config FILE`` holds flags in Megatron's MODEL_ARGS form::
+
+    MODEL_ARGS:
+      --num-layers: 4
+      --qk-layernorm: true      # a switch; false leaves it out
+      --activation: xielu
+
+It becomes part of the command line before Megatron parses it; a flag given on the command line wins.
+"""
+
+import argparse
+import difflib
+import functools
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from megatron_act.errors import UserError
+from megatron_act.kernels import api as kernels
+
+ConfigValue = Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds this project's flags to Megatron's parser (an ``extra_args_provider``); its errors become one line."""
+    group = parser.add_argument_group("megatron-act")
+    group.add_argument("--config", metavar="FILE", help="YAML with MODEL_ARGS: {--flag: value}; the command line wins")
+    group.add_argument("--activation", metavar="NAME", help=f"activation of every MLP: {', '.join(kernels.names())}")
+    group.add_argument(
+        "--activation-init",
+        nargs="+",
+        metavar="KEY=VALUE",
+        default=[],
+        help="effective initial values of the scalars, e.g. alpha_p=0.8 (default: the papers')",
+    )
+    group.add_argument(
+        "--activation-backend",
+        choices=["auto", "triton", "reference"],
+        default="auto",
+        help="auto: Triton kernels on a GPU, torch on a CPU",
+    )
+    group.add_argument("--cpu", action="store_true", help="train on the CPU with gloo (development and tests)")
+    group.add_argument("--metrics-jsonl", metavar="FILE", help="write loss, scalars and speed of each logged step here")
+    parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
+    return parser
+
+
+def _one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    unknown = message.removeprefix("unrecognized arguments: ") if message.startswith("unrecognized") else ""
+    flags = [word for word in unknown.split() if word.startswith("--")]
+    hints = [_nearest(flag, parser._option_string_actions) for flag in flags]
+    raise UserError(f"{message}{''.join(hints)} (see --help)")
+
+
+def _nearest(flag: str, known: Any) -> str:
+    close = difflib.get_close_matches(flag.split("=")[0], known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def parse_init(pairs: list[str]) -> dict[str, float]:
+    """``["alpha_p=0.8"]`` to ``{"alpha_p": 0.8}``.
+
+    Raises:
+        UserError: an entry that is not KEY=NUMBER.
+    """
+    init = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        try:
+            init[key] = float(value)
+        except ValueError:
+            raise UserError(f"--activation-init: expected KEY=NUMBER, got {pair!r}: write e.g. alpha_p=0.8") from None
+    return init
+
+
+def read_config(path: str | Path) -> dict[str, ConfigValue]:
+    """The MODEL_ARGS mapping of a YAML file.
+
+    Raises:
+        UserError: no such file, not YAML, or not a mapping of flags.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config: expected a readable YAML file, got {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: expected YAML, got {str(error).splitlines()[0]}: mend the file") from None
+    flags = content.get("MODEL_ARGS") if isinstance(content, dict) else None
+    if not isinstance(flags, dict) or not all(str(key).startswith("--") for key in flags):
+        raise UserError(f"--config {path}: expected 'MODEL_ARGS:' with '--flag: value' lines, got something else")
+    return flags
+
+
+def config_to_argv(flags: dict[str, ConfigValue], parser: argparse.ArgumentParser, given: list[str]) -> list[str]:
+    """Turns MODEL_ARGS into command-line words, leaving out flags that the command line gives itself.
+
+    Args:
+        flags: flag to value; a list for flags with several values, a boolean for switches.
+        parser: Megatron's parser with this project's flags.
+        given: the words of the command line.
+
+    Raises:
+        UserError: a flag that the parser does not know (names the nearest), or a switch with another value.
+    """
+    actions = parser._option_string_actions
+    present = {actions[word.split("=")[0]].dest for word in given if word.split("=")[0] in actions}
+    words: list[str] = []
+    for flag, value in flags.items():
+        if flag not in actions:
+            raise UserError(f"--config: expected a Megatron flag, got {flag}{_nearest(flag, actions)}")
+        action = actions[flag]
+        if action.dest in present:
+            continue
+        words += _words(flag, value, switch=action.nargs == 0)
+    return words
+
+
+def _words(flag: str, value: ConfigValue, switch: bool) -> list[str]:
+    if switch and not isinstance(value, bool):
+        raise UserError(f"--config: expected true or false for the switch {flag}, got {value!r}")
+    if switch:
+        return [flag] if value else []
+    values = value if isinstance(value, list) else [value]
+    return [flag, *(str(item) for item in values)]
+
+
+def peek(argv: list[str]) -> tuple[dict[str, ConfigValue], bool]:
+    """What must be known before Megatron is imported: the config's flags, and whether ``--cpu`` is among all flags."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config")
+    parser.add_argument("--cpu", action="store_true")
+    parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
+    known, _ = parser.parse_known_args(argv)
+    flags = read_config(known.config) if known.config else {}
+    return flags, known.cpu or flags.get("--cpu") is True

@@ -1,0 +1,179 @@
+"""What a run tells while it trains: loss, speed and every layer's scalars, to TensorBoard and to a JSONL file.
+
+Megatron's loop has no hook for extra metrics, so ``install`` wraps its ``training_log`` and its evaluation. One JSON object a
+line, written by the last rank (which holds the loss), flushed at once:
+
+* ``{"event": "start", "activation", "scalars", "args", "parameters", "versions", "time"}``
+* ``{"event": "step", "iteration", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "scalars": {name: [by layer]}}``
+* ``{"event": "evaluation", "split": "validation" or "test", "iteration", "tokens", "loss"}``
+
+``loss`` is in nats per token of that step, ``seconds`` the wall time since the first step, ``scalars`` effective values.
+"""
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from megatron.core.package_info import __version__ as megatron_version
+from megatron.training import get_tensorboard_writer, is_last_rank
+from megatron.training import training as megatron_loop
+
+from megatron_act import __version__
+from megatron_act.activation import activations_of
+
+RECORDED_FLAGS = (
+    *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size"),
+    *(
+        "swiglu",
+        "squared_relu",
+        "qk_layernorm",
+        "normalization",
+        "global_batch_size",
+        "micro_batch_size",
+        "train_iters",
+    ),
+    *("lr", "min_lr", "lr_decay_style", "weight_decay", "seed", "bf16", "tensor_model_parallel_size"),
+    *("pipeline_model_parallel_size", "world_size"),
+)
+
+
+class Telemetry:
+    """Collects one run's figures; ``install`` connects it to Megatron's loop."""
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.models: list[Any] = []
+        self.started: float | None = None
+        self.path = Path(args.metrics_jsonl) if args.metrics_jsonl else None
+
+    def remember(self, models: list[Any]) -> list[Any]:
+        """A post-wrap hook: keeps the model chunks and writes the start line."""
+        self.models = models
+        parameters = _count_parameters(models)
+        if self.path and is_last_rank():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._write({"event": "start", **self._describe(), "parameters": parameters})
+        return models
+
+    def _describe(self) -> dict[str, Any]:
+        args = self.args
+        return {
+            "activation": args.activation,
+            "args": {name: getattr(args, name, None) for name in RECORDED_FLAGS},
+            "versions": {"megatron_act": __version__, "megatron_core": megatron_version, "torch": torch.__version__},
+            "time": time.time(),
+        }
+
+    def step(self, iteration: int, loss_dict: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
+        """Records one training step, every ``--log-interval`` steps; all ranks must call it."""
+        self.started = self.started or time.perf_counter()
+        if iteration % self.args.log_interval:
+            return
+        scalars = gather_scalars(self.models, self.args.pipeline_model_parallel_size)
+        if not is_last_rank():
+            return
+        self._tensorboard(scalars, iteration)
+        loss = loss_dict.get("lm loss")
+        self._write(
+            {
+                "event": "step",
+                "iteration": iteration,
+                "tokens": self.args.consumed_train_samples * self.args.seq_length,
+                "loss": None if loss is None else float(loss),
+                "learning_rate": learning_rate,
+                "grad_norm": None if grad_norm is None else float(grad_norm),
+                "seconds": round(time.perf_counter() - self.started, 3),
+                "scalars": scalars,
+            }
+        )
+
+    def evaluation(self, losses: dict[str, Any], iteration: int, split: str) -> None:
+        """Records a validation or test loss; only the last rank has one."""
+        if "lm loss" in losses and is_last_rank():
+            place = {"split": split, "iteration": iteration}
+            tokens = self.args.consumed_train_samples * self.args.seq_length
+            self._write({"event": "evaluation", **place, "tokens": tokens, "loss": float(losses["lm loss"])})
+
+    def _tensorboard(self, scalars: dict[str, list[float]], iteration: int) -> None:
+        writer = get_tensorboard_writer()
+        if writer:
+            for name, by_layer in scalars.items():
+                for layer, value in enumerate(by_layer, start=1):
+                    writer.add_scalar(f"activation/{name}/layer_{layer}", value, iteration)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+
+def gather_scalars(models: list[Any], pipeline_size: int) -> dict[str, list[float]]:
+    """Effective scalars of the whole model by name, one value per layer in depth order; collective over the pipeline.
+
+    Args:
+        models: this rank's model chunks.
+        pipeline_size: number of pipeline stages.
+    """
+    here = [(module.layer_number, module.effective_scalars()) for module in activations_of(models)]
+    stages: list[Any] = [here]
+    if pipeline_size > 1:
+        stages = [None] * pipeline_size
+        torch.distributed.all_gather_object(stages, here, group=mpu.get_pipeline_model_parallel_group())
+    layers = sorted((pair for stage in stages for pair in stage), key=lambda pair: pair[0])
+    names = layers[0][1] if layers else {}
+    return {name: [values[name] for _, values in layers] for name in names}
+
+
+def _count_parameters(models: list[Any]) -> int:
+    """Parameters of the whole model, tied embeddings once; collective over the model-parallel ranks."""
+    count = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    for param in (param for model in models for param in model.parameters()):
+        sharded = getattr(param, "tensor_model_parallel", False)
+        if getattr(param, "shared", False) or (not sharded and mpu.get_tensor_model_parallel_rank() != 0):
+            continue
+        count += param.numel()
+    torch.distributed.all_reduce(count, group=mpu.get_model_parallel_group())
+    return int(count)
+
+
+def install(args: Namespace, model_config: Any) -> None:
+    """Connects a Telemetry to Megatron's loop where ``--metrics-jsonl`` or ``--tensorboard-dir`` asks for it."""
+    if not (args.metrics_jsonl or args.tensorboard_dir):
+        return
+    telemetry = Telemetry(args)
+    model_config.post_wrap_hooks.append(telemetry.remember)
+    _wrap_training_log(telemetry)
+    _wrap_evaluation(telemetry)
+
+
+def _wrap_training_log(telemetry: Telemetry) -> None:
+    original = megatron_loop.training_log
+
+    def training_log(loss_dict: Any, total: Any, learning_rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+        grad_norm = rest[3]  # loss_scale, report_memory_flag, skipped_iter, grad_norm, ...
+        telemetry.step(iteration, loss_dict, learning_rate, grad_norm)
+        return original(loss_dict, total, learning_rate, iteration, *rest, **kwargs)
+
+    megatron_loop.training_log = training_log
+
+
+def _wrap_evaluation(telemetry: Telemetry) -> None:
+    """``evaluate`` returns the losses, its caller ``evaluate_and_print_results`` knows the iteration and the split."""
+    evaluate, evaluate_and_print = megatron_loop.evaluate, megatron_loop.evaluate_and_print_results
+    losses: list[dict[str, Any]] = []
+
+    def keep_result(*args: Any, **kwargs: Any) -> Any:
+        result = evaluate(*args, **kwargs)
+        losses.append(result[0] or {})
+        return result
+
+    def record(prefix: str, step: Any, data: Any, model: Any, iteration: int, *rest: Any, **kwargs: Any) -> None:
+        evaluate_and_print(prefix, step, data, model, iteration, *rest, **kwargs)
+        while losses:
+            telemetry.evaluation(losses.pop(0), iteration, "test" if "test set" in prefix else "validation")
+
+    megatron_loop.evaluate, megatron_loop.evaluate_and_print_results = keep_result, record

@@ -1,0 +1,128 @@
+"""From command-line words to ``megatron.training.pretrain``: parse, check, place the activation, train."""
+
+import argparse
+import os
+import sys
+import time
+from argparse import Namespace
+from typing import Any
+
+from megatron.core.enums import ModelType
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from megatron.training import get_tokenizer, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
+
+from megatron_act import arguments, cpu_backend, gpt_data, specs, telemetry
+from megatron_act.activation import activations_of, raw_initial_values
+from megatron_act.errors import UserError
+from megatron_act.gpt_step import forward_step
+from megatron_act.kernels import api as kernels
+
+# Megatron-LM's own entry serves these; it takes our activations through --spec.
+_ELSEWHERE = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel", "logits_load_dir")
+
+
+def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
+    """Trains.
+
+    Args:
+        flags: MODEL_ARGS of ``--config``, empty without one.
+        argv: the command line's words.
+        program_start: ``time.time()`` when the program started.
+
+    Raises:
+        UserError: whatever the user can correct in flags or files.
+    """
+    set_startup_timestamps(program_start=program_start, main_entry=time.time())
+    args = _parse(flags, argv)
+    gpt_data.check_data(args, get_tokenizer().vocab_size)
+    model_config = gpt_config_from_args(args)
+    if args.activation:
+        init = arguments.parse_init(args.activation_init)
+        model_config.transformer_layer_spec = specs.layer_spec(
+            args.activation, init=init, backend=args.activation_backend
+        )
+        model_config.post_wrap_hooks.append(_announce)
+    telemetry.install(args, model_config)
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        gpt_data.datasets_provider,
+        ModelType.encoder_or_decoder,
+        forward_step,
+    )
+
+
+def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
+    """Megatron's parsed and validated arguments; ``sys.argv`` becomes the whole command line, as Megatron reads it."""
+    parser = arguments.add_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
+    words = arguments.config_to_argv(flags, parser, argv) + argv
+    if "--cpu" in words:
+        words = [*cpu_backend.FLAGS, *words]
+    sys.argv = [sys.argv[0], *words]
+    args = parser.parse_args(words)
+    check_arguments(args)
+    if "--cpu" in words and os.environ.get("RANK", "0") == "0":
+        print(cpu_backend.NOTICE, flush=True)
+    try:
+        return parse_and_validate_args(
+            arguments.add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"}
+        )
+    except AssertionError as error:
+        raise UserError(f"Megatron refuses the flags: {error}") from error
+
+
+def check_arguments(args: Namespace) -> None:
+    """Refuses combinations that cannot work, before any process group exists.
+
+    Args:
+        args: parsed, not yet validated by Megatron.
+
+    Raises:
+        UserError: naming the flag to change.
+    """
+    for name in _ELSEWHERE:
+        if getattr(args, name, None):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag}: expected token pretraining: use Megatron-LM's pretrain_gpt.py with --spec megatron_act.specs NAME"
+            )
+    if args.activation is None:
+        return
+    try:
+        kernels.get(args.activation)
+        raw_initial_values(args.activation, arguments.parse_init(args.activation_init))
+    except ValueError as error:
+        raise UserError(f"--activation: {error}") from None
+    _check_layout(args)
+
+
+def _check_layout(args: Namespace) -> None:
+    gated = "remove it and set --ffn-hidden-size to 1.5x the gated one (tools/compute_match.py)"
+    problems = (
+        (args.swiglu, f"--swiglu is a gated MLP, --activation {args.activation} is not: {gated}"),
+        (args.quick_geglu, f"--quick-geglu is a gated MLP, --activation {args.activation} is not: {gated}"),
+        (args.squared_relu, "--squared-relu and --activation name two activations: remove one"),
+        (args.spec is not None, "--spec and --activation both choose the layers: remove one"),
+        (args.num_experts is not None, "--num-experts: mixture of experts is not supported yet: remove it"),
+        (args.use_te_activation_func, "--use-te-activation-func and --activation name two activations: remove one"),
+    )
+    for present, message in problems:
+        if present:
+            raise UserError(message)
+    ffn, tp = args.ffn_hidden_size, args.tensor_model_parallel_size
+    if ffn is not None and ffn % tp:
+        raise UserError(f"--ffn-hidden-size: expected a multiple of --tensor-model-parallel-size {tp}, got {ffn}")
+
+
+def _announce(models: list[Any]) -> list[Any]:
+    """Counts the activations that were really built: a spec that got lost would train Megatron's GELU in silence."""
+    found = activations_of(models)
+    layers = sum(isinstance(module, TransformerLayer) for chunk in models for module in chunk.modules())
+    if len(found) != layers:
+        raise RuntimeError(
+            f"expected one trainable activation in each of this rank's {layers} layers, found {len(found)}"
+        )
+    if found:
+        print_rank_0(f"> megatron-act: {found[0].activation.name} in {len(found)} layers of this rank")
+    return models
