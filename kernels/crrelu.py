@@ -1,0 +1,52 @@
+"""CRReLU (Sun et al., "EAFO", arXiv 2405.12954): ReLU plus a trainable odd bump.
+
+    f = max(0, x) + eps x e^{-x^2/2}     f' = [x > 0] + eps (1 - x^2) e^{-x^2/2}     df/deps = x e^{-x^2/2}
+
+eps is stored as it is: training moves it to either sign. At x = 0 the slope is eps (the x <= 0 branch).
+f(-inf) = 0, f(+inf) = +inf.
+"""
+# mypy: disallow-untyped-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_act.kernels.spec import Activation, Param
+
+CUT = 40.0  # e^{-800} is 0 in float64: clamping x there changes no finite value and keeps inf * 0 out
+
+
+@triton.jit
+def crrelu_fwd(x, p):
+    """y in fp32; p = (eps,)."""
+    (eps,) = p
+    c = tl.minimum(tl.maximum(x, -40.0), 40.0)
+    return tl.where(x <= 0, 0.0, x) + eps * c * tl.exp(-0.5 * c * c)
+
+
+@triton.jit
+def crrelu_bwd(x, g, p):
+    """(dx, (deps,)) in fp32."""
+    (eps,) = p
+    c = tl.minimum(tl.maximum(x, -40.0), 40.0)
+    t = tl.exp(-0.5 * c * c)
+    dx = tl.where(x > 0, 1.0, 0.0) + eps * ((1.0 - c * c) * t)
+    return g * dx, (g * (c * t),)
+
+
+def torch_fwd(x: Tensor, eps: Tensor) -> Tensor:
+    """y; eps: 0-d tensor."""
+    c = x.clamp(-CUT, CUT)
+    return torch.relu(x) + eps * c * torch.exp(-0.5 * c * c)
+
+
+def torch_bwd(x: Tensor, g: Tensor, eps: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+    """(dx, (g df/deps,)), elementwise."""
+    c = x.clamp(-CUT, CUT)
+    t = torch.exp(-0.5 * c * c)
+    return g * ((x > 0) + eps * ((1.0 - c * c) * t)), (g * (c * t),)
+
+
+CRRELU = Activation("crrelu", (Param("eps", 0.01),), crrelu_fwd, crrelu_bwd, torch_fwd, torch_bwd)
+ACTIVATIONS = (CRRELU,)

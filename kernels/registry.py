@@ -1,0 +1,38 @@
+"""The activations of this folder by name: every module here that defines ``ACTIVATIONS`` takes part by itself."""
+
+import difflib
+import functools
+import importlib
+import pkgutil
+from pathlib import Path
+
+from megatron_act.kernels.spec import Activation
+
+HERE = Path(__file__).parent
+INFRASTRUCTURE = {"api", "device_math", "ops", "registry", "spec", "template"}
+
+
+@functools.cache
+def _all() -> dict[str, Activation]:
+    modules = sorted(m.name for m in pkgutil.iter_modules([str(HERE)]) if m.name not in INFRASTRUCTURE)
+    found = [
+        a for m in modules for a in getattr(importlib.import_module(f"megatron_act.kernels.{m}"), "ACTIVATIONS", ())
+    ]
+    found.sort(key=lambda a: (not a.params, a.name))  # trainable ones first
+    if len({a.name for a in found}) != len(found):
+        raise ValueError(f"expected distinct activation names, got {[a.name for a in found]}; rename one")
+    return {a.name: a for a in found}
+
+
+def names() -> tuple[str, ...]:
+    """Every known activation, trainable ones first, each group in alphabetical order."""
+    return tuple(_all())
+
+
+def get(name: str) -> Activation:
+    """The activation called ``name``; ValueError naming the nearest known one otherwise."""
+    known = _all()
+    if name not in known:
+        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown activation {name!r}: did you mean {near!r}? known: {', '.join(known)}")
+    return known[name]
