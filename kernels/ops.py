@@ -93,7 +93,9 @@ def activation_backward_op(
         )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
     dparams = [_raw_gradient(spec, s, p) for spec, s, p in zip(registry.get(name).params, sums, params, strict=True)]
-    return [dx, *dparams, *([] if bias is None else [dbias.sum(0, dtype=torch.float64).to(bias.dtype)])]
+    if bias is None or dbias is None:
+        return [dx, *dparams]
+    return [dx, *dparams, dbias.sum(0, dtype=torch.float64).to(bias.dtype)]
 
 
 def _raw_gradient(spec: Any, total: Tensor, raw: Tensor) -> Tensor:

@@ -41,9 +41,7 @@ class Param:
         """Raw value of an effective one, in float64; ValueError outside the parameter's range."""
         if not math.isfinite(effective) or (self.constrain == "softplus" and effective <= self.offset):
             bound = f" and > {self.offset:g}" if self.constrain == "softplus" else ""
-            raise ValueError(
-                f"{self.name}: expected a finite value{bound}, got {effective:g}; choose one in that range"
-            )
+            raise ValueError(f"{self.name}: expected a finite value{bound}, got {effective:g}; choose one there")
         if self.constrain == "none":
             return float(effective)
         shifted = effective - self.offset  # inverse softplus, a + log(1 - e^-a), which does not overflow
@@ -82,7 +80,7 @@ class Activation:
 
 
 class _Reference(torch.autograd.Function):
-    """Joins ``torch_fwd`` and ``torch_bwd``; keeps x only. Differentiable twice: torch_bwd is made of torch operations."""
+    """Joins ``torch_fwd`` and ``torch_bwd``; keeps x only. Twice differentiable (torch operations throughout)."""
 
     @staticmethod
     def forward(ctx: Any, activation: Activation, x: Tensor, *effective: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ consecutive rows. A contiguous tensor without bias is cut into rows of BLOCK ele
 Everything is computed in fp32 and rounded once, at the store. Sums over elements (parameters, bias) leave each program
 as one fp32 partial in a fixed order, never by atomics: the same bits in every run.
 """
-# mypy: disallow-untyped-defs=False
+# mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton tuples do not unpack with *)
 
 import triton
 import triton.language as tl
@@ -23,7 +24,7 @@ def load_params(P, SOFTPLUS: tl.constexpr, OFFSET: tl.constexpr):
         raw = tl.load(P[j]).to(tl.float32)
         if SOFTPLUS[j]:
             raw = softplus(raw) + OFFSET[j]
-        values = values + (raw,)  # noqa: RUF005: Triton tuples do not unpack with *
+        values = values + (raw,)
     return values
 
 
@@ -32,7 +33,7 @@ def zeros(P, BLOCK: tl.constexpr):
     """One fp32 accumulator of BLOCK lanes per parameter."""
     sums = ()
     for _ in tl.static_range(len(P)):
-        sums = sums + (tl.zeros([BLOCK], dtype=tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK], dtype=tl.float32),)
     return sums
 
 
@@ -41,7 +42,7 @@ def add(sums, terms, mask):
     """Adds each parameter's terms where ``mask``, elsewhere nothing."""
     totals = ()
     for j in tl.static_range(len(sums)):
-        totals = totals + (sums[j] + tl.where(mask, terms[j], 0.0),)  # noqa: RUF005
+        totals = totals + (sums[j] + tl.where(mask, terms[j], 0.0),)
     return totals
 
 
