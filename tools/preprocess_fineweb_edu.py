@@ -7,7 +7,7 @@ P.partial-*, and renamed when whole (only a kill -9 leaves that folder behind; i
     python tools/preprocess_fineweb_edu.py --input data/*.parquet --tokenizer tokenizer/ --output-prefix out/edu \
         --workers 8 --min-int-score 3 --split train:0.99 valid:0.01
 
-then, in Megatron: --train-data-path out/edu_train --valid-data-path out/edu_valid (without a split: --data-path out/edu).
+then, in Megatron: --train-data-path out/edu_train --valid-data-path out/edu_valid (no split: --data-path out/edu).
 Exit code: 0 done, 1 interrupted or failed, 2 bad input (one line on standard error, no output written).
 """
 

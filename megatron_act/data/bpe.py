@@ -1,4 +1,4 @@
-"""Train a small byte-level BPE: the tokenizer of laptop runs, where a 50k vocabulary would make the model all logits."""
+"""Train a small byte-level BPE: for laptop runs, where a 50k vocabulary would make the model all logits."""
 
 import json
 from collections.abc import Iterable

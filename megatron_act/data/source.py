@@ -44,8 +44,11 @@ def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
     Raises:
         UserError: an input matches nothing.
     """
-    files = [file for item in inputs for file in _expand(str(item))]
-    return list({file.resolve(): file for file in reversed(files)}.values())[::-1]
+    unique: dict[Path, Path] = {}
+    for item in inputs:
+        for file in _expand(str(item)):
+            unique.setdefault(file.resolve(), file)
+    return list(unique.values())
 
 
 def _expand(item: str) -> list[Path]:
