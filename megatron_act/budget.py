@@ -177,6 +177,7 @@ def flops(shape: Shape) -> Flops:
 
 def padded_vocab_size(vocab_size: int, divisible_by: int = 128, tensor_parallel: int = 1) -> int:
     """The vocabulary that Megatron builds: the next multiple of ``divisible_by * tensor_parallel``."""
+    _at_least("vocab_size", vocab_size, 0)
     _at_least("make_vocab_size_divisible_by", divisible_by, 1)
     _at_least("tensor_model_parallel_size", tensor_parallel, 1)
     multiple = divisible_by * tensor_parallel

@@ -5,6 +5,7 @@ without value is True; False or a missing key means that it is not given. Whatev
 form with Megatron's own defaults, and `write` stores it.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -74,7 +75,8 @@ def write(path: str | Path, flags: Mapping[str, Any], header: str = "") -> None:
         draft.write_text(comment + body, encoding="utf-8")
         draft.replace(target)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise UserError(f"{path}: cannot be written ({error.strerror}): choose another file") from None
 
 

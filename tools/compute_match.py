@@ -210,23 +210,23 @@ def output_paths(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Solves, prints, and writes the configs last: nothing is written when anything is wrong."""
+    """Solves everything, then writes the configs, then prints: bad input leaves nothing behind."""
     paths = output_paths(args)
-    scalars = registered_scalars()
     flags = baseline_flags(args)
+    scalars = registered_scalars()
     baseline = baseline_shape(args, flags, scalars)
     layout = {"tensor_parallel": model_args.integer(flags, TENSOR_PARALLEL, 1), "align": args.align}
     matches = {name: solve(baseline, name, scalars, **layout) for name in dict.fromkeys(args.activation)}
     reports = [full_report(match, flags, args) for match in matches.values()]
     configs = {name: _config(flags, matches[name]) for name in paths}
+    for name, path in paths.items():
+        model_args.write(path, configs[name], _header(matches[name]))
     if args.json:
         print(json.dumps(reports if len(reports) > 1 else reports[0], indent=2))
     else:
         print(table(reports))
         if not baseline.vocab_size:
             print("without --vocab-size: embeddings and logits are not counted")
-    for name, path in paths.items():
-        model_args.write(path, configs[name], _header(matches[name]))
 
 
 def _config(flags: model_args.Flags, match: Match) -> model_args.Flags:

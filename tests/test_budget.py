@@ -1,0 +1,167 @@
+"""Counts of parameters, FLOPs and bytes, against models that Megatron-Core builds and the papers' published figures."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_act.budget import Shape, flops, padded_vocab_size, parameters
+from megatron_act.errors import UserError
+from megatron_act.memory import activation_bytes, state_bytes_per_gpu
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = Shape(
+    hidden_size=64,
+    num_layers=2,
+    num_attention_heads=4,
+    ffn_hidden_size=96,
+    activation="swiglu",
+    vocab_size=256,
+    seq_length=32,
+)
+SHAPES = {
+    "swiglu": SMALL,
+    "geglu, untied": dataclasses.replace(SMALL, activation="geglu", tied_embeddings=False),
+    "gelu, GQA": dataclasses.replace(SMALL, activation="gelu", num_query_groups=2),
+    "relu2, MQA, QK-norm": dataclasses.replace(SMALL, activation="relu2", num_query_groups=1, qk_layernorm=True),
+    "xielu, QK-norm": dataclasses.replace(SMALL, activation="xielu", activation_scalars=2, qk_layernorm=True),
+    "crrelu, wide heads": dataclasses.replace(SMALL, activation="crrelu", activation_scalars=1, kv_channels=24),
+    "swiglu, qkv bias": dataclasses.replace(SMALL, qkv_bias=True, num_query_groups=2),
+    "swiglu, LayerNorm, biases": dataclasses.replace(
+        SMALL, normalization="LayerNorm", bias=True, qk_layernorm=True, learned_positions=40
+    ),
+    "gelu, biases, untied": dataclasses.replace(
+        SMALL, activation="gelu", bias=True, tied_embeddings=False, num_layers=3
+    ),
+}
+PAPER = {"num_attention_heads": 16, "vocab_size": 147456}
+PAPER_1B = {"hidden_size": 1536, "num_layers": 24, "tied_embeddings": True, **PAPER}
+PAPER_3B = {"hidden_size": 2048, "num_layers": 36, "tied_embeddings": False, **PAPER}
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, dict[str, float]]:
+    """What Megatron-Core built and torch counted for each of SHAPES, measured in a process of its own."""
+    shapes = json.dumps([dataclasses.asdict(shape) for shape in SHAPES.values()])
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "tests" / "built_gpt.py")]
+    result = subprocess.run(command, input=shapes, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return dict(zip(SHAPES, json.loads(result.stdout.splitlines()[-1]), strict=True))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_equal_a_built_model(built, name):
+    assert parameters(SHAPES[name]).total == built[name]["parameters"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_full_attention_flops_equal_torch_counter(built, name):
+    cost = flops(SHAPES[name])
+    assert cost.forward(causal=False) == built[name]["forward"]
+    assert cost.training(causal=False) == built[name]["training"]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_causal_flops_equal_what_megatron_logs(built, name):
+    assert flops(SHAPES[name]).training() == built[name]["megatron_training"]
+
+
+@pytest.mark.parametrize(
+    "name", ["swiglu", "geglu, untied", "gelu, GQA"]
+)  # Megatron's estimate knows no biases, QK-norm
+def test_state_bytes_equal_megatrons_estimate(built, name):
+    ours = state_bytes_per_gpu(SHAPES[name], tensor_parallel=2, pipeline_parallel=2, data_parallel=4)
+    assert ours == built[name]["megatron_state_bytes_tp2_pp2_dp4"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "gated_width", "published", "scalars"),
+    [(PAPER_1B, 6144, 1_132_537_344, 48), (PAPER_3B, 8192, 3_020_048_384, 72)],
+)
+def test_published_parameter_counts(sizes, gated_width, published, scalars):
+    swiglu = parameters(Shape(activation="swiglu", ffn_hidden_size=gated_width, **sizes))
+    xielu = parameters(Shape(activation="xielu", activation_scalars=2, ffn_hidden_size=gated_width * 3 // 2, **sizes))
+    assert swiglu.total == published
+    assert xielu.total == published + scalars
+    assert xielu.matmul == swiglu.matmul
+
+
+def test_without_embeddings_leaves_out_exactly_the_vocabulary():
+    untied = dataclasses.replace(SMALL, tied_embeddings=False, learned_positions=40)
+    counts = parameters(untied)
+    assert counts.total - counts.without_embeddings == (256 + 256 + 40) * 64
+    assert parameters(dataclasses.replace(untied, vocab_size=0, learned_positions=0)).total == counts.without_embeddings
+
+
+def test_activation_bytes_equal_what_autograd_saves():
+    """linear, exact GELU, linear: autograd keeps the input, the pre-activation and the output of the activation."""
+    shape = dataclasses.replace(SMALL, activation="gelu")
+    fc1, fc2 = (torch.nn.Linear(*sizes, bias=False) for sizes in ((64, 96), (96, 64)))
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    x = torch.randn(7, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fc2(torch.nn.functional.gelu(fc1(x)))
+    weights = {fc1.weight.data_ptr(), fc2.weight.data_ptr()}
+    per_token = sum(size for pointer, size in saved.items() if pointer not in weights) / 7
+    norm_input = 4 * 64  # saved by the norm before the MLP, which is not part of this network
+    assert activation_bytes(shape, element_bytes=4).mlp == per_token + norm_input
+
+
+def test_activation_bytes_by_hand():
+    xielu = dataclasses.replace(SMALL, activation="xielu", ffn_hidden_size=144, num_query_groups=2, qk_layernorm=True)
+    # bf16: two norms and two matmul inputs of h; q + k + v; q and k again before their norm; attention output
+    attention = 2 * (2 * 64 + (64 + 32 + 32) + (64 + 32) + 64)
+    assert activation_bytes(xielu).attention == attention
+    assert activation_bytes(xielu).mlp == 2 * (2 * 64 + 2 * 144)
+    assert activation_bytes(xielu, recompute_activation=True).total == attention + 2 * (2 * 64 + 144)
+    matched = activation_bytes(SMALL).mlp
+    assert matched == 2 * (2 * 64 + 3 * 96) == activation_bytes(xielu).mlp
+
+
+def test_state_bytes_on_one_gpu_and_with_pipeline():
+    tied = Shape(activation="swiglu", ffn_hidden_size=6144, **PAPER_1B)
+    assert state_bytes_per_gpu(tied) == 18 * 1_132_537_344
+    assert state_bytes_per_gpu(tied, data_parallel=12) == 7 * 1_132_537_344
+    with pytest.raises(UserError, match=r"--num-layers: expected a multiple of .* 5, got 24"):
+        state_bytes_per_gpu(tied, pipeline_parallel=5)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "divisible_by", "tensor_parallel", "padded"),
+    [(50257, 128, 1, 50304), (50257, 128, 8, 51200), (147456, 128, 2, 147456), (0, 128, 2, 0), (5, 1, 1, 5)],
+)
+def test_padded_vocab_size(vocab, divisible_by, tensor_parallel, padded):
+    assert padded_vocab_size(vocab, divisible_by, tensor_parallel) == padded
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 0}, "--hidden-size: expected an integer of at least 1, got 0"),
+        ({"num_layers": "2"}, "--num-layers: expected an integer of at least 1, got '2'"),
+        ({"num_attention_heads": 5}, "--hidden-size: expected a multiple of --num-attention-heads 5, got 64"),
+        ({"num_query_groups": 3}, "--num-attention-heads: expected a multiple of --num-query-groups 3, got 4"),
+        ({"normalization": "L2Norm"}, "--normalization: expected one of RMSNorm, LayerNorm, got 'L2Norm'"),
+    ],
+)
+def test_impossible_shapes_are_refused(change, message):
+    with pytest.raises(UserError) as error:
+        dataclasses.replace(SMALL, **change)
+    assert str(error.value).startswith(message)
+
+
+def test_counting_loads_neither_torch_nor_megatron():
+    code = "import sys, megatron_act.match; print(sorted({'torch', 'triton', 'megatron'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert result.stdout.strip() == "[]"
