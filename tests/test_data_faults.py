@@ -202,7 +202,7 @@ staging.publish([folder / "new" / name for name in names], [folder / name for na
 
 @pytest.mark.parametrize("step", range(1, 8))
 def test_death_while_publishing_never_mixes_two_outputs(step: int, tmp_path: Path) -> None:
-    """Replacing dies before each of its 6 moves (the 7th run completes): .bin beside .idx means both old or both new."""
+    """It dies before each of its 6 moves (the 7th run completes): .bin beside .idx means both old or both new."""
     names = ["out.bin", "out.idx", "out.manifest.json"]
     (tmp_path / "new").mkdir()
     for name in names:
