@@ -1,0 +1,155 @@
+"""Exports a Megatron checkpoint to a Hugging Face model folder."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from megatron_act.checkpoint import families
+from megatron_act.checkpoint.families import Family, Rule
+from megatron_act.checkpoint.picks import PICKS, Geometry
+from megatron_act.checkpoint.reader import MegatronCheckpoint
+from megatron_act.checkpoint.scalars import scalar_names, trained_activation
+from megatron_act.checkpoint.tokenizer import Tokenizer, find_tokenizer, unpadded_vocab_size
+from megatron_act.checkpoint.writer import Entry, check_output, complete_folder, write_json, write_model
+from megatron_act.errors import UserError
+from megatron_act.kernels import api as kernels
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MAX_SHARD_BYTES = 5 * 10**9  # what transformers' save_pretrained made for years
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: ``parameters`` counts tied weights once and leaves out constants."""
+
+    output: Path
+    architecture: str
+    activation: str
+    iteration: int
+    vocab_size: int
+    dtype: str
+    parameters: int
+
+
+class _LastTensor:
+    """Reads Megatron tensors and keeps the last one: neighbours in the tables are cut from the same tensor."""
+
+    def __init__(self, checkpoint: MegatronCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.place: tuple[str, int | None] | None = None
+        self.tensor = torch.empty(0)
+
+    def __call__(self, name: str, layer: int | None) -> Tensor:
+        if self.place != (name, layer):
+            self.place, self.tensor = None, torch.empty(0)  # drop the old one before the next is read
+            read = self.checkpoint.tensor if layer is None else partial(self.checkpoint.layer_tensor, layer=layer)
+            self.tensor, self.place = read(name), (name, layer)
+        return self.tensor
+
+
+def entries(checkpoint: MegatronCheckpoint, family: Family, vocab_size: int, dtype: torch.dtype) -> Iterator[Entry]:
+    """Every tensor of the Hugging Face model, to be read when it is written.
+
+    Raises:
+        UserError: a tensor that the family needs is not in the checkpoint.
+    """
+    args, last = checkpoint.args, _LastTensor(checkpoint)
+    geometry = Geometry(args.num_attention_heads, args.num_query_groups, args.kv_channels, vocab_size)
+    untied = (families.UNTIED,) if args.untie_embeddings_and_output_weights else ()
+    for rule in (*families.MODEL, *untied):
+        yield _entry(rule, rule.hf, checkpoint.info(rule.megatron).shape, partial(last, rule.megatron, None), geometry, dtype)
+    for layer in range(args.num_layers):
+        prefix = f"model.layers.{layer}."
+        for rule in family.layer:
+            shape = checkpoint.layer_info(rule.megatron, layer).shape
+            yield _entry(rule, prefix + rule.hf, shape, partial(last, rule.megatron, layer), geometry, dtype)
+        for name, value in family.constants.items():
+            yield Entry(prefix + name, (), torch.float32, partial(torch.tensor, value))
+
+
+def _entry(
+    rule: Rule, name: str, shape: tuple[int, ...], read: Callable[[], Tensor], geometry: Geometry, dtype: torch.dtype
+) -> Entry:
+    pick = PICKS[rule.pick]
+    planned = pick(torch.empty(shape, device="meta"), geometry)
+    return Entry(name, tuple(planned.shape), torch.float32 if rule.scalar else dtype, lambda: pick(read(), geometry))
+
+
+def export(
+    load: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    vocab_size: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Exported:
+    """Writes a checkpoint as a model folder that transformers opens by itself.
+
+    Args:
+        load: Megatron's save folder, or an ``iter_XXXXXXX`` folder.
+        output: the folder to make; appears complete or not at all.
+        dtype: ``float32`` or ``bfloat16`` for the weights (default: as stored). The activation's scalars stay fp32.
+        tokenizer: folder with Hugging Face tokenizer files (default: the checkpoint's ``--tokenizer-model`` folder).
+        vocab_size: rows of the embedding to keep (default: the tokenizer's size; what is beyond is padding).
+        max_shard_bytes: largest size of one weight file.
+        overwrite: replace an existing model folder.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        UserError: not a checkpoint, a model that no family represents, an output that exists, a wrong vocabulary size.
+    """
+    output = Path(output)
+    check_output(output, overwrite)
+    checkpoint = MegatronCheckpoint(load)
+    args, activation = checkpoint.args, trained_activation(checkpoint.args)
+    family = families.choose(args, activation)
+    check_has_scalars(checkpoint, activation)
+    words = find_tokenizer(args, tokenizer)
+    padded = checkpoint.info(families.MODEL[0].megatron).shape[0]
+    vocab_size = unpadded_vocab_size(args, words, padded, vocab_size)
+    stored = checkpoint.info(families.MODEL[0].megatron).dtype
+    dtype = dtype or ("float32" if stored == torch.float32 else "bfloat16")
+    plan = list(entries(checkpoint, family, vocab_size, DTYPES[dtype]))
+    config = families.config(family, args, vocab_size, dtype, words.token_ids if words else NO_TOKENS)
+    with complete_folder(output, overwrite) as folder:
+        _write_weights(folder, plan, max_shard_bytes, progress)
+        _write_rest(folder, config, words)
+    parameters = sum(torch.Size(entry.shape).numel() for entry in plan if entry.shape)
+    return Exported(output, family.architecture, activation, checkpoint.iteration, vocab_size, dtype, parameters)
+
+
+NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+
+
+def check_has_scalars(checkpoint: MegatronCheckpoint, activation: str) -> None:
+    """Raises UserError when the activation has scalars that the checkpoint lacks."""
+    wanted = kernels.get(activation).params if activation in kernels.names() else ()
+    missing = [param.name for param in wanted if param.name not in scalar_names(checkpoint)]
+    if missing:
+        raise UserError(
+            f"{checkpoint.path}: expected the scalars of {activation} ({', '.join(missing)}), the checkpoint has none: it was "
+            "saved by something that dropped them"
+        )
+
+
+def _write_weights(folder: Path, plan: list[Entry], max_shard_bytes: int, progress: bool) -> None:
+    total = sum(entry.size_bytes for entry in plan)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
+        write_model(folder, plan, max_shard_bytes, bar.update)
+
+
+def _write_rest(folder: Path, config: dict, words: Tokenizer | None) -> None:
+    write_json(folder / "config.json", config)
+    tokens = {key: config[key] for key in NO_TOKENS if config[key] is not None}
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
+    for file in words.files if words else ():
+        shutil.copy(file, folder / file.name)

@@ -1,0 +1,108 @@
+"""Runs a checkpoint through Megatron's own GPTModel on the CPU, in fp32 and without parallelism.
+
+    python -m megatron_act.checkpoint.megatron_logits CHECKPOINT TOKENS.npy LOGITS.npy
+
+The model is built from the arguments that the checkpoint saved and loaded by Megatron's own distributed checkpointing,
+so that nothing of the export's tables or reader takes part in the comparison.
+"""
+
+import sys
+from argparse import Namespace
+from typing import Any
+
+from megatron_act import cpu_backend
+
+# How the checkpoint's run was laid out and sped up, undone; what the model computes is left alone.
+PLAIN: dict[str, Any] = {
+    "tensor_model_parallel_size": 1,
+    "tensor_parallel_num_weight_shards": 1,
+    "pipeline_model_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "pipeline_model_parallel_layout": None,
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "account_for_embedding_in_pipeline_split": False,
+    "account_for_loss_in_pipeline_split": False,
+    "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
+    "expert_tensor_parallel_size": 1,
+    "expert_tensor_parallel_num_weight_shards": 1,
+    "sequence_parallel": False,
+    "tp_comm_overlap": False,
+    "overlap_p2p_comm": False,
+    "transformer_impl": "local",
+    "use_cpu_initialization": True,
+    "apply_rope_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "no_persist_layer_norm": True,
+    "masked_softmax_fusion": False,
+    "bias_dropout_fusion": False,
+    "use_transformer_engine_op_fuser": False,
+    "recompute_granularity": None,
+    "recompute_modules": None,
+    "cuda_graph_impl": "none",
+    "fp8": None,
+    "fp4": None,
+    "bf16": False,
+    "fp16": False,
+    "activation_backend": "reference",
+}
+
+
+def build_model(args: Namespace) -> Any:
+    """Megatron's GPTModel for the arguments of a checkpoint, on the CPU in fp32 and without parallelism."""
+    import torch
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    from megatron_act.specs import layer_spec
+
+    vars(args).update(PLAIN, params_dtype=torch.float32)
+    config = gpt_config_from_args(args)
+    if getattr(args, "activation", None):
+        config.transformer_layer_spec = layer_spec(args.activation, backend="reference")
+    return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
+
+
+def load_model(path: str) -> Any:
+    """The model of an ``iter_XXXXXXX`` folder with its weights; starts a process group of one."""
+    import torch
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    common = load_common_state_dict(path)
+    model = build_model(common["args"])
+    metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
+    metadata["dp_cp_group"] = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    wanted = model.sharded_state_dict(metadata=metadata)
+    loaded = dist_checkpointing.load(wanted, path, strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    model.load_state_dict({key: loaded[key] for key in wanted})
+    return model
+
+
+def logits_of(model: Any, tokens: Any) -> Any:
+    """Logits (windows, length, padded vocabulary) of token ids (windows, length), one window at a time."""
+    import torch
+
+    positions = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        return torch.cat([model(window[None], positions, None) for window in tokens])
+
+
+def main(path: str, tokens: str, output: str) -> None:
+    """Writes the logits of ``TOKENS.npy`` to ``LOGITS.npy``."""
+    cpu_backend.install()
+    import numpy as np
+    import torch
+
+    np.save(output, logits_of(load_model(path), torch.from_numpy(np.load(tokens))).numpy())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

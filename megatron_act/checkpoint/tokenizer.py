@@ -1,0 +1,90 @@
+"""The tokenizer that goes with an exported model: its files, its size, its special tokens."""
+
+import logging
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_act.errors import UserError
+
+MARKERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+NOT_TOKENIZER = ("config.json", "generation_config.json", "preprocessor_config.json")
+SUFFIXES = (".json", ".model", ".txt", ".jinja")
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A Hugging Face tokenizer folder. ``size`` is its largest id + 1; ``token_ids`` its bos, eos and pad."""
+
+    folder: Path
+    files: tuple[Path, ...]
+    size: int
+    token_ids: dict[str, int | None]
+
+
+def find_tokenizer(args: Namespace, folder: str | Path | None) -> Tokenizer | None:
+    """The given folder's tokenizer, or that of the checkpoint's ``--tokenizer-model`` where it still is a folder.
+
+    Raises:
+        UserError: the given folder has no tokenizer that transformers reads.
+    """
+    if folder is not None:
+        return read_tokenizer(Path(folder))
+    recorded = getattr(args, "tokenizer_model", None)
+    if recorded and any((Path(recorded) / marker).is_file() for marker in MARKERS):
+        return read_tokenizer(Path(recorded))
+    return None
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Opens a tokenizer folder.
+
+    Raises:
+        UserError: no such folder, or transformers cannot read it.
+    """
+    if not any((folder / marker).is_file() for marker in MARKERS):
+        raise UserError(f"--tokenizer {folder}: expected a folder with tokenizer.json, got none: give the tokenizer's folder")
+    from transformers import AutoTokenizer
+
+    try:
+        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--tokenizer {folder}: expected tokenizer files that transformers reads, got: {error}") from error
+    files = sorted(
+        file for file in folder.iterdir() if file.suffix in SUFFIXES and not _is_weights(file.name) and file.is_file()
+    )
+    size = max(words.get_vocab().values()) + 1
+    return Tokenizer(folder, tuple(files), size, {name: getattr(words, name) for name in SPECIAL})
+
+
+def _is_weights(name: str) -> bool:
+    return name in NOT_TOKENIZER or name.endswith(".index.json")
+
+
+def unpadded_vocab_size(args: Namespace, words: Tokenizer | None, padded: int, given: int | None) -> int:
+    """Rows of the embedding that stand for tokens.
+
+    Megatron pads the vocabulary to a multiple of ``--make-vocab-size-divisible-by`` x tensor-parallel size; nothing trains
+    the rows beyond. It records the real size only where ``--vocab-size`` was given.
+
+    Args:
+        args: Megatron's saved arguments.
+        words: the tokenizer, if known.
+        padded: rows in the checkpoint.
+        given: what the user says, over all else.
+
+    Raises:
+        UserError: more tokens than rows.
+    """
+    recorded = getattr(args, "vocab_size", None)
+    size = given or (words.size if words else recorded)
+    if size is None:
+        log.warning("vocabulary size unknown: all %d rows are kept, padding included; see --tokenizer, --vocab-size", padded)
+        return padded
+    if size > padded:
+        source = "--vocab-size" if given else "tokenizer"
+        raise UserError(f"{source}: expected at most the checkpoint's {padded} embedding rows, got {size} tokens")
+    return size

@@ -1,0 +1,106 @@
+"""Proves an export: the same tokens through Megatron and through transformers, in two processes, logits compared."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_act.checkpoint.reader import find_iteration
+from megatron_act.errors import UserError
+
+TOLERANCE = 1e-4  # largest difference of two fp32 logits: rounding of two orders of summation, far below any mistake
+PROMPT = "The most important thing about"
+HF_PROGRAM = Path(__file__).with_name("hf_logits.py")
+
+
+@dataclass(frozen=True)
+class Verified:
+    """Differences between the two models' logits over ``tokens`` positions, and what transformers generated."""
+
+    max_difference: float
+    mean_difference: float
+    tokens: int
+    generated: str
+
+
+def verify(
+    load: str | Path,
+    hf: str | Path,
+    text: str | None = None,
+    *,
+    prompt: str = PROMPT,
+    windows: int = 4,
+    length: int = 128,
+    new_tokens: int = 32,
+    sample: bool = False,
+) -> Verified:
+    """Compares a checkpoint and its export on the CPU in fp32.
+
+    Args:
+        load: Megatron's save folder, or an ``iter_XXXXXXX`` folder.
+        hf: the exported folder.
+        text: what to run through both; None, or a folder without tokenizer, means random tokens of a fixed seed.
+        prompt: start of the generated text (without a tokenizer: the first 8 tokens).
+        windows: how many sequences to compare.
+        length: tokens in each, cut to the model's ``max_position_embeddings``.
+        new_tokens: length of the generated text.
+        sample: draw from the distribution with a fixed seed instead of taking the likeliest token.
+
+    Returns:
+        Largest and mean absolute difference over the export's vocabulary, and the generated text.
+
+    Raises:
+        UserError: not a checkpoint, not a model folder, or a folder that transformers does not open in full.
+        RuntimeError: Megatron failed; carries its last lines.
+    """
+    checkpoint, folder = find_iteration(load).resolve(), Path(hf).resolve()
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--hf {hf}: expected a model folder with config.json, got none: export one first")
+    request = dict(folder=str(folder), text=text, prompt=prompt, windows=windows, length=length)
+    request |= dict(new_tokens=new_tokens, sample=sample)
+    with tempfile.TemporaryDirectory(prefix="megatron-act-verify-") as work:
+        _run_transformers(Path(work), request)
+        _run_megatron(Path(work), checkpoint)
+        return _compare(Path(work))
+
+
+def _run_transformers(work: Path, request: dict) -> None:
+    path = work / "request.json"
+    path.write_text(json.dumps(request), encoding="utf-8")
+    done = _run([sys.executable, "-I", str(HF_PROGRAM), str(path)], work)
+    if done.returncode:
+        raise UserError(f"--hf {request['folder']}: transformers does not open it: {_last_lines(done, 1)}")
+
+
+def _run_megatron(work: Path, checkpoint: Path) -> None:
+    module = "megatron_act.checkpoint.megatron_logits"
+    files = [str(work / "tokens.npy"), str(work / "megatron_logits.npy")]
+    done = _run([sys.executable, "-m", module, str(checkpoint), *files], Path(__file__).parents[2])
+    if done.returncode:
+        raise RuntimeError(f"Megatron could not run {checkpoint}: {_last_lines(done, 3)}")
+
+
+def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
+    ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCHDYNAMO_DISABLE": "1"}
+    return subprocess.run(command, cwd=folder, env=os.environ | ours, capture_output=True, text=True, check=False)
+
+
+def _last_lines(done: subprocess.CompletedProcess, count: int) -> str:
+    return " | ".join(done.stderr.strip().splitlines()[-count:]) or f"exit code {done.returncode}"
+
+
+def _compare(work: Path) -> Verified:
+    theirs = np.load(work / "hf_logits.npy", mmap_mode="r")
+    ours = np.load(work / "megatron_logits.npy", mmap_mode="r")[..., : theirs.shape[-1]]
+    if ours.shape != theirs.shape:
+        raise UserError(f"--hf: expected logits of shape {ours.shape} as Megatron has, got {theirs.shape}: another model")
+    difference = np.abs(ours - theirs)
+    generated = (work / "generated.txt").read_text(encoding="utf-8")
+    positions = theirs.shape[0] * theirs.shape[1]
+    # a NaN must not pass a comparison: max() and mean() keep it, and NaN <= tolerance is False
+    return Verified(float(difference.max()), float(difference.mean()), positions, generated)
