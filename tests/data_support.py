@@ -104,11 +104,17 @@ def sample_texts() -> list[str]:
 
 def reference_ids(name: str, texts: list[str]) -> list[list[int]]:
     """Ids by Hugging Face tokenizers called directly, special tokens' literals as text."""
+    return [item.ids for item in reference_tokenizer(name).encode_batch(texts, add_special_tokens=False)]
+
+
+@cache
+def reference_tokenizer(name: str):
+    """Hugging Face's tokenizer itself, told to read special tokens' literals as text."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizer_folder(name) / "tokenizer.json"))
     tokenizer.encode_special_tokens = True
-    return [item.ids for item in tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return tokenizer
 
 
 def write_parquet(path: Path, row_group_size: int = 3, **columns: list | pa.Array) -> Path:

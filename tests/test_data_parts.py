@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_support import ROOT, reference_ids, run_tool, sample_texts, tokenizer_folder, write_parquet
+from data_support import (
+    ROOT,
+    reference_ids,
+    reference_tokenizer,
+    run_tool,
+    sample_texts,
+    tokenizer_folder,
+    write_parquet,
+)
 
 from megatron_act.compat import install_typing_override
 from megatron_act.data import sample_path
@@ -44,9 +52,7 @@ def test_trained_tokenizer_is_the_same_every_time(tmp_path: Path) -> None:
 
 
 def test_trained_tokenizer_round_trips_and_compresses() -> None:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder("bpe") / "tokenizer.json"))
+    tokenizer = reference_tokenizer("bpe")
     ids = reference_ids("bpe", sample_texts()[:200])
     assert tokenizer.decode_batch(ids) == sample_texts()[:200]
     size = sum(len(text.encode()) for text in sample_texts()[:200])

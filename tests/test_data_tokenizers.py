@@ -2,6 +2,7 @@
 
 import json
 import logging
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from data_support import (
     adversarial_texts,
     needs_edu_sample,
     reference_ids,
+    reference_tokenizer,
     sample_texts,
     tokenizer_folder,
 )
@@ -23,6 +25,7 @@ from megatron_act.data.tokenizer import Encoder, load_encoder, open_tokenizer
 EOD = {"bpe": "<|endoftext|>", "gpt2": "<|endoftext|>", "tekken": "</s>"}
 
 
+@cache
 def encoder_of(name: str, library: str) -> Encoder:
     return load_encoder(tokenizer_folder(name) / "tokenizer.json", library)
 
@@ -60,9 +63,7 @@ def test_same_ids_on_mixed_english(name: str) -> None:
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_literals_stay_text(name: str, library: str) -> None:
     """No special token's id comes out of a text, and the ids decode to exactly the text that went in."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(tokenizer_folder(name) / "tokenizer.json"))
+    tokenizer = reference_tokenizer(name)
     special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     assert tokenizer.token_to_id(EOD[name]) in special
     for text, ids in zip(LITERALS, rows(encoder_of(name, library), LITERALS), strict=True):
