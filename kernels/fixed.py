@@ -1,75 +1,44 @@
-"""Activations without parameters: ReLU^2, GELU (exact), SiLU, ReLU.
+"""Activations without parameters: ReLU^2, GELU (exact and tanh form), SiLU, ReLU.
 
-    relu2: f = max(0, x)^2            f' = 2 max(0, x)
-    gelu : f = x Phi(x)               f' = Phi(x) + x phi(x)        Phi, phi: standard normal distribution and density
-    silu : f = x s(x)                 f' = s (1 + x (1 - s))        s(x) = 1 / (1 + e^-x)
-    relu : f = max(0, x)              f' = [x > 0]
+    relu2    : f = max(0, x)^2                 f' = 2 max(0, x)
+    gelu     : f = x Phi(x)                    Phi: standard normal distribution
+    silu     : f = x / (1 + e^-x)
+    gelu_tanh: f = x / (1 + e^-v(x))           v = 2 sqrt(2/pi) (x + 0.044715 x^3), i.e. (1 + tanh(v/2)) / 2
+    relu     : f = max(0, x)                   f' = [x > 0]
 
 f(-inf) = 0 and f(+inf) = +inf for all. ``torch.nn.functional.gelu`` is exact by default; Megatron's fused bias-GELU and
-Transformer Engine's GELU are the tanh form, which differs by up to 4.7e-4.
+Transformer Engine's GELU are the tanh form, which differs by up to 4.7e-4. Slopes of the gated ones: ``gates.py``.
 """
 # mypy: disallow-untyped-defs=False
 
 import math
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_act.kernels.device_math import sigmoid
+from megatron_act.kernels.device_math import exp_neg, relu
+from megatron_act.kernels.gates import gaussian, gaussian_torch, logistic, logistic_torch
 from megatron_act.kernels.spec import Activation
-
-CUT = 40.0  # Phi(-40) and phi(40) are 0 in float64: clamping there changes no finite value and keeps inf * 0 out
 
 
 @triton.jit
 def relu2_fwd(x, p):
     """max(0, x)^2."""
-    r = tl.where(x <= 0, 0.0, x)
-    return r * r
+    return relu(x) * relu(x)
 
 
 @triton.jit
 def relu2_bwd(x, g, p):
     """(dx, ())."""
-    return g * 2.0 * tl.where(x <= 0, 0.0, x), ()
-
-
-@triton.jit
-def gelu_fwd(x, p):
-    """x Phi(x)."""
-    half = 0.5 * tl.math.erf(tl.maximum(x, -40.0) * 0.7071067811865476) + 0.5
-    return tl.maximum(x, -40.0, propagate_nan=tl.PropagateNan.ALL) * half
-
-
-@triton.jit
-def gelu_bwd(x, g, p):
-    """(dx, ())."""
-    c = tl.minimum(tl.maximum(x, -40.0), 40.0)
-    half = 0.5 * tl.math.erf(c * 0.7071067811865476) + 0.5
-    return g * (half + c * (0.3989422804014327 * tl.exp(-0.5 * c * c))), ()
-
-
-@triton.jit
-def silu_fwd(x, p):
-    """x s(x)."""
-    return tl.maximum(x, -200.0, propagate_nan=tl.PropagateNan.ALL) * sigmoid(x)
-
-
-@triton.jit
-def silu_bwd(x, g, p):
-    """(dx, ())."""
-    s = sigmoid(x)
-    c = tl.minimum(tl.maximum(x, -200.0), 200.0)
-    return g * (s * (1.0 + c * (1.0 - s))), ()
+    return g * 2.0 * relu(x), ()
 
 
 @triton.jit
 def relu_fwd(x, p):
     """max(0, x)."""
-    return tl.where(x <= 0, 0.0, x)
+    return relu(x)
 
 
 @triton.jit
@@ -78,33 +47,70 @@ def relu_bwd(x, g, p):
     return tl.where(x <= 0, 0.0, g), ()
 
 
+@triton.jit
+def gelu_fwd(x, p):
+    """x Phi(x)."""
+    w, _, _ = gaussian(x)
+    return relu(x) - w
+
+
+@triton.jit
+def gelu_bwd(x, g, p):
+    """(dx, ())."""
+    _, d, _ = gaussian(x)
+    return g * tl.where(x > 0, 1.0 - d, d), ()
+
+
+@triton.jit
+def silu_fwd(x, p):
+    """x / (1 + e^-x)."""
+    w, _, _ = logistic(x)
+    return relu(x) - w
+
+
+@triton.jit
+def silu_bwd(x, g, p):
+    """(dx, ())."""
+    _, d, _ = logistic(x)
+    return g * tl.where(x > 0, 1.0 - d, d), ()
+
+
+@triton.jit
+def tanh_gate(x):
+    """(w, D) of the gate of gelu_tanh."""
+    a = tl.minimum(tl.abs(x), 40.0)  # e^-v(40) = 0; keeps inf * 0 out
+    z = a * a
+    t = exp_neg(a * (z * 0.07135481282553563 + 1.5957691216057308))
+    r = 1.0 / (1.0 + t)
+    return a * (t * r), (t * r) * (1.0 - a * (z * 0.2140644384766069 + 1.5957691216057308) * r)
+
+
+@triton.jit
+def gelu_tanh_fwd(x, p):
+    """x / (1 + e^-v(x))."""
+    w, _ = tanh_gate(x)
+    return relu(x) - w
+
+
+@triton.jit
+def gelu_tanh_bwd(x, g, p):
+    """(dx, ())."""
+    _, d = tanh_gate(x)
+    return g * tl.where(x > 0, 1.0 - d, d), ()
+
+
+def tanh_gate_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(w, D, x s(x)) of the gate of gelu_tanh."""
+    c = x.abs().clamp(max=40.0)
+    scale = 2.0 * math.sqrt(2.0 / math.pi)
+    v = scale * (c + 0.044715 * c**3)
+    low, high = torch.sigmoid(-v), torch.sigmoid(v)
+    return c * low, low * (1.0 - c * (scale * (1.0 + 0.134145 * c * c)) * high), c * torch.tanh(0.5 * v)
+
+
 def relu2_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
     """(dx, ())."""
     return g * (2.0 * torch.relu(x)), ()
-
-
-def gelu_torch_fwd(x: Tensor) -> Tensor:
-    """x Phi(x) by erfc, which does not cancel for x << 0."""
-    c = x.clamp(min=-CUT)
-    return c * (0.5 * torch.erfc(c * -math.sqrt(0.5)))
-
-
-def gelu_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
-    """(dx, ())."""
-    c = x.clamp(-CUT, CUT)
-    density = torch.exp(-0.5 * c * c) / math.sqrt(2.0 * math.pi)
-    return g * (0.5 * torch.erfc(c * -math.sqrt(0.5)) + c * density), ()
-
-
-def silu_torch_fwd(x: Tensor) -> Tensor:
-    """x s(x), 0 at -inf."""
-    return x.clamp(min=-800.0) * torch.sigmoid(x)
-
-
-def silu_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
-    """(dx, ())."""
-    s = torch.sigmoid(x)
-    return g * (s * (1.0 + x.clamp(-800.0, 800.0) * torch.sigmoid(-x))), ()
 
 
 def relu_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
@@ -112,9 +118,21 @@ def relu_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
     return g * (x > 0), ()
 
 
+def _gated(name: str, fwd, bwd, gate) -> Activation:
+    def torch_fwd(x: Tensor) -> Tensor:
+        return torch.relu(x) - gate(x)[0]
+
+    def torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
+        d = gate(x)[1]
+        return g * torch.where(x > 0, 1.0 - d, d), ()
+
+    return Activation(name, (), fwd, bwd, torch_fwd, torch_bwd)
+
+
 ACTIVATIONS = (
-    Activation("relu2", (), relu2_fwd, relu2_bwd, lambda x: F.relu(x).square(), relu2_torch_bwd),
-    Activation("gelu", (), gelu_fwd, gelu_bwd, gelu_torch_fwd, gelu_torch_bwd),
-    Activation("silu", (), silu_fwd, silu_bwd, silu_torch_fwd, silu_torch_bwd),
-    Activation("relu", (), relu_fwd, relu_bwd, F.relu, relu_torch_bwd),
+    Activation("relu2", (), relu2_fwd, relu2_bwd, lambda x: torch.relu(x).square(), relu2_torch_bwd),
+    Activation("relu", (), relu_fwd, relu_bwd, torch.relu, relu_torch_bwd),
+    _gated("gelu", gelu_fwd, gelu_bwd, gaussian_torch),
+    _gated("silu", silu_fwd, silu_bwd, logistic_torch),
+    _gated("gelu_tanh", gelu_tanh_fwd, gelu_tanh_bwd, tanh_gate_torch),
 )

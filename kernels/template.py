@@ -38,11 +38,11 @@ def zeros(P, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def add(sums, terms, mask):
-    """Adds each parameter's terms where ``mask``, elsewhere nothing."""
+def add(sums, terms):
+    """Adds each parameter's terms; where the mask is off they are 0 because g is."""
     totals = ()
     for j in tl.static_range(len(sums)):
-        totals = totals + (sums[j] + tl.where(mask, terms[j], 0.0),)
+        totals = totals + (sums[j] + terms[j],)
     return totals
 
 
@@ -88,9 +88,9 @@ def bwd_kernel(
             x += bias
         dx, terms = FN(x, g, p)
         tl.store(DX + row * cols + col, dx.to(DX.dtype.element_ty), mask=mask)
-        sums = add(sums, terms, mask)
+        sums = add(sums, terms)
         if HAS_BIAS:
-            dbias += tl.where(mask, dx, 0.0)
+            dbias += dx
     if HAS_BIAS:
         tl.store(DBIAS + tl.program_id(0).to(tl.int64) * cols + col, dbias, mask=col < cols)
     programs = tl.num_programs(0) * tl.num_programs(1)

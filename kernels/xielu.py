@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_act.kernels.device_math import taylor_h
+from megatron_act.kernels.device_math import exp_neg, h_series
 from megatron_act.kernels.spec import BETA, Activation, Param
 
 SERIES_FROM = -0.5  # h by its series above, by expm1(x) - x below
@@ -25,23 +25,22 @@ TERMS = 14  # (0.5)^14 / 16! < 1e-17: float64 precision
 def xielu_fwd(x, p):
     """y in fp32; p = (a_p, a_n)."""
     a_p, a_n = p
-    q = tl.minimum(tl.maximum(x, -0.5), 0.0)
-    near = q * (a_n * (q * taylor_h(q)) + 0.5)
-    far = a_n * (tl.exp(tl.minimum(x, 0.0)) - 1.0) - (a_n - 0.5) * x  # not h: +inf, not NaN, at -inf
-    return tl.where(x > 0, x * (a_p * x + 0.5), tl.where(x > -0.5, near, far))
+    near = x * (a_n * (x * h_series(x)) + 0.5)
+    far = a_n * exp_neg(-x) - ((a_n - 0.5) * x + a_n)  # not h: +inf, not NaN, at -inf
+    return tl.where(x > 0, x * (a_p * x + 0.5), tl.where(x > -1.0, near, far))
 
 
 @triton.jit
 def xielu_bwd(x, g, p):
     """(dx, (da_p, da_n)) in fp32."""
     a_p, a_n = p
-    q = tl.minimum(tl.maximum(x, -0.5), 0.0)
-    near = q * q * taylor_h(q)
-    e = tl.exp(tl.minimum(x, 0.0)) - 1.0
-    h = tl.where(x > -0.5, near, e - x)
-    e = tl.where(x > -0.5, q + near, e)
-    dx = tl.where(x > 0, 2.0 * a_p * x, a_n * e) + 0.5
-    return g * dx, (tl.where(x > 0, (g * x) * x, 0.0), tl.where(x > 0, 0.0, g * h))
+    square = x * x
+    t = exp_neg(-x)
+    near = square * h_series(x)
+    h = tl.where(x > -1.0, near, t - (x + 1.0))
+    slope = tl.where(x > -1.0, a_n * (x + near) + 0.5, a_n * t - (a_n - 0.5))
+    slope = tl.where(x > 0, 2.0 * a_p * x + 0.5, slope)
+    return g * slope, (tl.where(x > 0, (g * x) * x, 0.0), tl.where(x > 0, 0.0, g * h))
 
 
 def h(x: Tensor) -> Tensor:

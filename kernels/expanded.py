@@ -1,0 +1,102 @@
+"""xSiLU, xGELU, xATLU (Huang, arXiv 2405.20768): a gate expanded from (0, 1) to (-alpha, 1 + alpha).
+
+    f = x (gate(x) (1 + 2 alpha) - alpha)          df/dalpha = x s(x), s = 2 gate - 1
+      = c |x| - (1 + 2 alpha) w(|x|)               c = 1 + alpha for x > 0, alpha for x <= 0   (``gates.py``)
+    f' = c - (1 + 2 alpha) D for x > 0, (1 + 2 alpha) D - alpha for x <= 0
+
+gate: logistic (xSiLU), gaussian (xGELU), arctan (xATLU). alpha is unconstrained, initially 0: SiLU, GELU, ATLU.
+At +-inf f is c inf, or the limit of -(1 + 2 alpha) w where c = 0.
+"""
+# mypy: disallow-untyped-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_act.kernels.gates import cauchy, cauchy_torch, gaussian, gaussian_torch, logistic, logistic_torch
+from megatron_act.kernels.spec import Activation, Param
+
+
+@triton.jit
+def value(x, w, alpha):
+    """f from w."""
+    c = tl.where(x > 0, 1.0 + alpha, alpha)
+    return tl.where(c == 0, 0.0, c * tl.abs(x)) - (1.0 + 2.0 * alpha) * w
+
+
+@triton.jit
+def slope(x, d, alpha):
+    """f' from D."""
+    k = (1.0 + 2.0 * alpha) * d
+    return tl.where(x > 0, 1.0 + alpha - k, k - alpha)
+
+
+@triton.jit
+def integrand(x, w, near, limit):
+    """x s(x): ``near`` up to ``limit``, a - 2 w beyond."""
+    a = tl.abs(x)
+    return tl.where(a <= limit, near, a - 2.0 * w)
+
+
+@triton.jit
+def xsilu_fwd(x, p):
+    """y in fp32; p = (alpha,)."""
+    w, _, _ = logistic(x)
+    return value(x, w, p[0])
+
+
+@triton.jit
+def xsilu_bwd(x, g, p):
+    """(dx, (dalpha,)) in fp32."""
+    w, d, near = logistic(x)
+    return g * slope(x, d, p[0]), (g * integrand(x, w, near, 0.7),)
+
+
+@triton.jit
+def xgelu_fwd(x, p):
+    """y in fp32; p = (alpha,)."""
+    w, _, _ = gaussian(x)
+    return value(x, w, p[0])
+
+
+@triton.jit
+def xgelu_bwd(x, g, p):
+    """(dx, (dalpha,)) in fp32."""
+    w, d, near = gaussian(x)
+    return g * slope(x, d, p[0]), (g * integrand(x, w, near, 0.7),)
+
+
+@triton.jit
+def xatlu_fwd(x, p):
+    """y in fp32; p = (alpha,)."""
+    w, _, _ = cauchy(x)
+    return value(x, w, p[0])
+
+
+@triton.jit
+def xatlu_bwd(x, g, p):
+    """(dx, (dalpha,)) in fp32."""
+    w, d, near = cauchy(x)
+    return g * slope(x, d, p[0]), (g * integrand(x, w, near, 1.0),)
+
+
+def _activation(name: str, fwd, bwd, gate) -> Activation:
+    def torch_fwd(x: Tensor, alpha: Tensor) -> Tensor:
+        w, _, _ = gate(x)
+        c = torch.where(x > 0, 1.0 + alpha, alpha)
+        return (c * x.abs()).masked_fill(c == 0, 0.0) - (1.0 + 2.0 * alpha) * w
+
+    def torch_bwd(x: Tensor, g: Tensor, alpha: Tensor) -> tuple[Tensor, tuple[Tensor]]:
+        _, d, xs = gate(x)
+        k = (1.0 + 2.0 * alpha) * d
+        return g * torch.where(x > 0, 1.0 + alpha - k, k - alpha), (g * xs,)
+
+    return Activation(name, (Param("alpha", 0.0),), fwd, bwd, torch_fwd, torch_bwd)
+
+
+ACTIVATIONS = (
+    _activation("xsilu", xsilu_fwd, xsilu_bwd, logistic_torch),
+    _activation("xgelu", xgelu_fwd, xgelu_bwd, gaussian_torch),
+    _activation("xatlu", xatlu_fwd, xatlu_bwd, cauchy_torch),
+)

@@ -1,0 +1,99 @@
+"""xIPReLU and xIPReLUP (arXiv 2411.13010): the integral of a PReLU, and its version with a trainable power.
+
+    xiprelu : f = a x^2 + beta x               f' = 2 a x + beta                       df/da = x^2
+    xiprelup: f = a |x|^q + beta x             f' = a q |x|^(q-1) sign(x) + beta       df/da = |x|^q
+                                               df/dq = a |x|^q ln|x|
+    a = a_p for x > 0, a_n for x <= 0; a_p, a_n = softplus(raw), q = 1 + softplus(power), beta = 0.5
+
+f(+-inf) = +inf, f'(0) = beta, and every parameter derivative is 0 at 0. The authors floor |x| at 1e-6; here it is exact.
+"""
+# mypy: disallow-untyped-defs=False
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megatron_act.kernels.device_math import log2_parts
+from megatron_act.kernels.spec import BETA, Activation, Param
+
+LN2 = 0.6931471805599453
+
+
+@triton.jit
+def xiprelu_fwd(x, p):
+    """y in fp32; p = (a_p, a_n)."""
+    return x * (tl.where(x > 0, p[0], p[1]) * x + 0.5)
+
+
+@triton.jit
+def xiprelu_bwd(x, g, p):
+    """(dx, (da_p, da_n)) in fp32."""
+    g_p = tl.where(x > 0, g, 0.0)
+    g_n = tl.where(x > 0, 0.0, g)
+    dx = g * (2.0 * tl.where(x > 0, p[0], p[1]) * x + 0.5)
+    return dx, ((g_p * x) * x, (g_n * x) * x)
+
+
+@triton.jit
+def power(u, r):
+    """(u^r, log2 u) for u >= 0, r > 0. The exponent r e is split so that both parts are exact or small."""
+    e, l = log2_parts(u)
+    coarse = (r.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)  # 16 bits: coarse * e is exact
+    whole = coarse * e
+    n = tl.floor(whole + 0.5)
+    return tl.exp2(n) * tl.exp2((whole - n) + ((r - coarse) * e + r * l)), e + l
+
+
+@triton.jit
+def xiprelup_fwd(x, p):
+    """y in fp32; p = (a_p, a_n, q)."""
+    t, _ = power(tl.abs(x), p[2])
+    y = tl.where(x > 0, p[0], p[1]) * t + 0.5 * x
+    return tl.where(tl.abs(x) == float("inf"), tl.abs(x), y)
+
+
+@triton.jit
+def xiprelup_bwd(x, g, p):
+    """(dx, (da_p, da_n, dq)) in fp32."""
+    a_p, a_n, q = p
+    s, log2 = power(tl.abs(x), q - 1.0)
+    slope = tl.where(x > 0, (a_p * q) * s, (a_n * q) * -s) + 0.5
+    gt = g * (tl.abs(x) * s)
+    dq = gt * (tl.where(x > 0, a_p, a_n) * (log2 * 0.6931471805599453))
+    return g * slope, (tl.where(x > 0, gt, 0.0), tl.where(x > 0, 0.0, gt), dq)
+
+
+def xiprelu_torch_fwd(x: Tensor, a_p: Tensor, a_n: Tensor) -> Tensor:
+    """y; a_p, a_n: 0-d tensors."""
+    return x * (torch.where(x > 0, a_p, a_n) * x + BETA)
+
+
+def xiprelu_torch_bwd(x: Tensor, g: Tensor, a_p: Tensor, a_n: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """(dx, (g df/da_p, g df/da_n)), elementwise."""
+    low, high = x.clamp(max=0.0), x.clamp(min=0.0)
+    return g * (2.0 * torch.where(x > 0, a_p, a_n) * x + BETA), (g * high * high, g * low * low)
+
+
+def xiprelup_torch_fwd(x: Tensor, a_p: Tensor, a_n: Tensor, q: Tensor) -> Tensor:
+    """y; a_p, a_n, q: 0-d tensors."""
+    y = torch.where(x > 0, a_p, a_n) * x.abs().pow(q) + BETA * x
+    return torch.where(x.isinf(), x.abs(), y)
+
+
+def xiprelup_torch_bwd(
+    x: Tensor, g: Tensor, a_p: Tensor, a_n: Tensor, q: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """(dx, (g df/da_p, g df/da_n, g df/dq)), elementwise."""
+    u = x.abs()
+    a, t = torch.where(x > 0, a_p, a_n), u.pow(q)
+    dx = g * (a * q * u.pow(q - 1.0) * x.sign() + BETA)
+    return dx, (g * t * (x > 0), g * t * (x <= 0), g * a * torch.xlogy(t, u))
+
+
+QUADRATIC = (Param("alpha_p", 0.8, "softplus"), Param("alpha_n", 0.8, "softplus"))
+POWER = Param("power", 2.0, "softplus", offset=1.0)
+ACTIVATIONS = (
+    Activation("xiprelu", QUADRATIC, xiprelu_fwd, xiprelu_bwd, xiprelu_torch_fwd, xiprelu_torch_bwd),
+    Activation("xiprelup", (*QUADRATIC, POWER), xiprelup_fwd, xiprelup_bwd, xiprelup_torch_fwd, xiprelup_torch_bwd),
+)
