@@ -63,7 +63,9 @@ def entries(checkpoint: MegatronCheckpoint, family: Family, vocab_size: int, dty
     geometry = Geometry(args.num_attention_heads, args.num_query_groups, args.kv_channels, vocab_size)
     untied = (families.UNTIED,) if args.untie_embeddings_and_output_weights else ()
     for rule in (*families.MODEL, *untied):
-        yield _entry(rule, rule.hf, checkpoint.info(rule.megatron).shape, partial(last, rule.megatron, None), geometry, dtype)
+        yield _entry(
+            rule, rule.hf, checkpoint.info(rule.megatron).shape, partial(last, rule.megatron, None), geometry, dtype
+        )
     for layer in range(args.num_layers):
         prefix = f"model.layers.{layer}."
         for rule in family.layer:
@@ -136,8 +138,8 @@ def check_has_scalars(checkpoint: MegatronCheckpoint, activation: str) -> None:
     missing = [param.name for param in wanted if param.name not in scalar_names(checkpoint)]
     if missing:
         raise UserError(
-            f"{checkpoint.path}: expected the scalars of {activation} ({', '.join(missing)}), the checkpoint has none: it was "
-            "saved by something that dropped them"
+            f"{checkpoint.path}: expected a checkpoint with the scalars of {activation}, got one without "
+            f"{', '.join(missing)}: save it with this project's MLP (something dropped them)"
         )
 
 

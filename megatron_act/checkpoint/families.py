@@ -191,18 +191,22 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
         scaled = {"rope_type": "linear", "factor": float(interpolation)} if interpolation else {"rope_type": "default"}
         return {**scaled, **theta}
     if interpolation:
-        raise UserError("export: expected one rotary scaling, got --use-rope-scaling and --rotary-seq-len-interpolation-factor")
+        raise UserError(
+            "export: expected one rotary scaling, got --use-rope-scaling and --rotary-seq-len-interpolation-factor"
+        )
     if getattr(args, "rope_scaling_factor", ROPE_FACTOR) != ROPE_FACTOR:
         raise UserError(
-            f"export: expected --rope-scaling-factor {ROPE_FACTOR:g}, got {args.rope_scaling_factor:g}: megatron-core 0.19 "
-            f"drops that flag and trains with {ROPE_FACTOR:g}, so the checkpoint does not say which one is meant"
+            f"export: expected --rope-scaling-factor {ROPE_FACTOR:g}, got {args.rope_scaling_factor:g}: megatron-core "
+            f"0.19 drops that flag and trains with {ROPE_FACTOR:g}, so that the checkpoint does not say which is meant"
         )
     # the constants of Megatron's RotaryEmbedding
     bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"rope_type": "llama3", "factor": ROPE_FACTOR, **bounds, **theta}
 
 
-def config(family: Family, args: Namespace, vocab_size: int, dtype: str, tokens: Mapping[str, int | None]) -> dict[str, Any]:
+def config(
+    family: Family, args: Namespace, vocab_size: int, dtype: str, tokens: Mapping[str, int | None]
+) -> dict[str, Any]:
     """The content of ``config.json``.
 
     Args:
@@ -225,11 +229,11 @@ def config(family: Family, args: Namespace, vocab_size: int, dtype: str, tokens:
         "rope_parameters": rope,
         # the same for readers older than transformers 5, whose Apertus too assumes llama3 scaling if nothing is said
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "rope_scaling": None
+        if rope["rope_type"] == "default"
+        else {k: v for k, v in rope.items() if k != "rope_theta"},
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         "use_cache": True,
         "dtype": dtype,
         **tokens,
     }
-
-

@@ -1,9 +1,9 @@
-"""Runs a model folder through transformers; a program of its own that imports nothing of this project.
+"""Runs model folders through transformers; a program of its own that imports nothing of this project.
 
-    python -I hf_logits.py REQUEST.json
+    python -I hf_logits.py REQUEST.json...
 
 ``verify`` starts it in Python's isolated mode, so that what it sees is what any user of the exported folder sees. The
-request names the folder, the text or number of tokens, the prompt, and where the token ids and logits go.
+request names the folder, the text or number of tokens, and the prompt; the answers go beside it.
 """
 
 import json
@@ -22,9 +22,9 @@ def open_model(folder: str) -> Any:
     Raises:
         SystemExit: tensors missing, left over or of another shape.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
-    )
+    options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    model, info = opened
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
         raise SystemExit(f"{folder}: expected exactly the model's tensors, got {wrong}")
@@ -33,7 +33,9 @@ def open_model(folder: str) -> Any:
 
 def open_tokenizer(folder: str) -> Any:
     """The folder's tokenizer, None if it has none."""
-    has_one = any((Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json"))
+    has_one = any(
+        (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+    )
     return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
 
 
@@ -66,8 +68,8 @@ def generate(model: Any, tokenizer: Any, request: dict[str, Any], tokens: torch.
 
 
 @torch.no_grad()
-def main(path: str) -> None:
-    """Answers one request: ``tokens.npy``, ``logits.npy`` (windows, length, vocabulary) and ``generated.txt``."""
+def answer(path: str) -> None:
+    """Answers a request: ``tokens.npy``, ``hf_logits.npy`` (windows, length, vocabulary) and ``generated.txt``."""
     request = json.loads(Path(path).read_text(encoding="utf-8"))
     model, tokenizer = open_model(request["folder"]), open_tokenizer(request["folder"])
     length = min(request["length"], model.config.max_position_embeddings)
@@ -80,4 +82,5 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    for request_file in sys.argv[1:]:
+        answer(request_file)

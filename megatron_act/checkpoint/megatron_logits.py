@@ -1,6 +1,8 @@
-"""Runs a checkpoint through Megatron's own GPTModel on the CPU, in fp32 and without parallelism.
+"""Runs checkpoints through Megatron's own GPTModel on the CPU, in fp32 and without parallelism.
 
-    python -m megatron_act.checkpoint.megatron_logits CHECKPOINT TOKENS.npy LOGITS.npy
+    python -m megatron_act.checkpoint.megatron_logits CHECKPOINT FOLDER [CHECKPOINT FOLDER]...
+
+reads ``tokens.npy`` in each folder and writes ``megatron_logits.npy`` beside it.
 
 The model is built from the arguments that the checkpoint saved and loaded by Megatron's own distributed checkpointing,
 so that nothing of the export's tables or reader takes part in the comparison.
@@ -8,6 +10,7 @@ so that nothing of the export's tables or reader takes part in the comparison.
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from megatron_act import cpu_backend
@@ -65,17 +68,24 @@ def build_model(args: Namespace) -> Any:
     return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
 
 
-def load_model(path: str) -> Any:
-    """The model of an ``iter_XXXXXXX`` folder with its weights; starts a process group of one."""
+def start() -> None:
+    """Installs the CPU backend and makes this process a process group of one."""
+    cpu_backend.install()
     import torch
-    from megatron.core import dist_checkpointing, parallel_state
-    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
-    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
+
+
+def load_model(path: str) -> Any:
+    """The model of an ``iter_XXXXXXX`` folder with its weights, loaded by Megatron; after `start`."""
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.serialization import load_common_state_dict
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
     common = load_common_state_dict(path)
     model = build_model(common["args"])
     metadata = dist_checkpointing.load_content_metadata(preloaded_state_dict=common) or {}
@@ -95,14 +105,16 @@ def logits_of(model: Any, tokens: Any) -> Any:
         return torch.cat([model(window[None], positions, None) for window in tokens])
 
 
-def main(path: str, tokens: str, output: str) -> None:
-    """Writes the logits of ``TOKENS.npy`` to ``LOGITS.npy``."""
-    cpu_backend.install()
+def main(words: list[str]) -> None:
+    """Answers pairs of an ``iter_XXXXXXX`` folder and a folder with ``tokens.npy``."""
+    start()
     import numpy as np
     import torch
 
-    np.save(output, logits_of(load_model(path), torch.from_numpy(np.load(tokens))).numpy())
+    for path, folder in zip(words[::2], words[1::2], strict=True):
+        tokens = torch.from_numpy(np.load(Path(folder) / "tokens.npy"))
+        np.save(Path(folder) / "megatron_logits.npy", logits_of(load_model(path), tokens).numpy())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

@@ -4,7 +4,7 @@ Megatron's fused tensors, with H hidden, A query heads, G key/value groups, D fe
 ``linear_qkv``  (G x (A/G + 2) x D, H): per group its A/G query heads, then one key head, then one value head;
 ``linear_fc1``  gated: (2F, H), all gate rows first, then all up rows, whatever tensor-parallel size wrote it;
 ``embedding``, ``output_layer``  (V padded, H): rows beyond the vocabulary are padding.
-Rotary embeddings rotate halves of a head in both worlds (``rotary_interleaved`` off), so that no row moves within a head.
+Rotary embeddings rotate halves of a head in both worlds (``rotary_interleaved`` off), so that rows keep their place.
 """
 
 from collections.abc import Callable

@@ -64,7 +64,9 @@ class MegatronCheckpoint:
         try:
             return self._reader.read_metadata()
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
-            raise UserError(f"{self.path}: expected a complete checkpoint, got a broken .metadata file: {error}") from error
+            raise UserError(
+                f"{self.path}: expected a complete checkpoint, got a broken .metadata file: {error}"
+            ) from error
 
     @cached_property
     def _common(self) -> dict[str, Any]:
@@ -73,7 +75,9 @@ class MegatronCheckpoint:
             return load_plain(io.BytesIO(legacy.read_bytes()))
         info = (self._metadata.storage_data or {}).get(MetadataIndex(COMMON))
         if info is None:
-            raise UserError(f"{self.path}: expected Megatron's arguments in it, got none: save it with megatron.training")
+            raise UserError(
+                f"{self.path}: expected Megatron's arguments in it, got none: save it with megatron.training"
+            )
         with (self.path / info.relative_path).open("rb") as file:
             file.seek(info.offset)
             return load_plain(io.BytesIO(file.read(info.length)))
@@ -182,18 +186,24 @@ def find_iteration(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise UserError(f"{path}: expected a folder with a Megatron checkpoint, got {'a file' if path.exists() else 'nothing'}")
+        raise UserError(
+            f"{path}: expected a folder with a Megatron checkpoint, got {'a file' if path.exists() else 'nothing'}"
+        )
     folder = path if (path / ".metadata").is_file() else _tracked(path)
     if not (folder / ".metadata").is_file():
         kind = "an incomplete folder" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: expected a torch_dist checkpoint (.metadata), got {kind}: save with --ckpt-format torch_dist")
+        raise UserError(
+            f"{folder}: expected a torch_dist checkpoint (.metadata), got {kind}: save with --ckpt-format torch_dist"
+        )
     return folder
 
 
 def _tracked(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
-        raise UserError(f"{path}: expected a Megatron checkpoint ({TRACKER} or .metadata), got neither: give the --save folder")
+        raise UserError(
+            f"{path}: expected a Megatron checkpoint ({TRACKER} or .metadata), got neither: give the --save folder"
+        )
     word = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if word == "release":
         return path / word

@@ -14,7 +14,7 @@ REAL = {"argparse.Namespace": argparse.Namespace}
 
 
 class Foreign:
-    """Stands for a value of a type that is not loaded here, such as one of Megatron's enums; keeps what it was made of."""
+    """Stands for a value of a type that is not loaded here, e.g. one of Megatron's enums; keeps its parts."""
 
     def __init__(self, *parts: Any) -> None:
         self.value = parts[0] if len(parts) == 1 else parts
@@ -38,5 +38,7 @@ def load_plain(file: io.BytesIO) -> Any:
         with safe_globals(stands):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"checkpoint: expected Megatron's saved arguments, got an unreadable record: {error}") from error
+        raise UserError(
+            f"checkpoint: expected Megatron's saved arguments, got an unreadable record: {error}"
+        ) from error
     return content[0] if isinstance(content, list) else content

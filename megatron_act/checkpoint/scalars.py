@@ -14,11 +14,11 @@ STOCK = (("swiglu", "swiglu"), ("quick_geglu", "quick_geglu"), ("squared_relu", 
 
 def scalar_names(checkpoint: MegatronCheckpoint) -> tuple[str, ...]:
     """Names of the trainable scalars that the checkpoint holds, sorted; metadata only."""
-    return tuple(sorted({found[1] for key in checkpoint.keys() if (found := _SCALAR.search(key))}))
+    return tuple(sorted({found[1] for key in tuple(checkpoint.keys()) if (found := _SCALAR.search(key))}))
 
 
 def trained_activation(args: Namespace) -> str:
-    """The activation that saved arguments ask for: ``--activation``, ``--spec megatron_act.specs NAME``, or Megatron's."""
+    """What saved arguments ask for: ``--activation``, ``--spec megatron_act.specs NAME``, or Megatron's own."""
     if getattr(args, "activation", None):
         return str(args.activation)
     spec = getattr(args, "spec", None) or []
@@ -64,8 +64,8 @@ def check_scalars(load: str | Path, activation: str) -> None:
     wanted = tuple(sorted(param.name for param in _params(activation)))
     if found != wanted or trained != activation:
         raise UserError(
-            f"--load {load}: expected a checkpoint of --activation {activation} (scalars: {_words(wanted)}), got one of "
-            f"{trained} (scalars: {_words(found)}): use --activation {trained} or another --load"
+            f"--load {load}: expected a checkpoint of --activation {activation} (scalars: {_words(wanted)}), got "
+            f"one of {trained} (scalars: {_words(found)}): use --activation {trained} or another --load"
         )
 
 

@@ -46,13 +46,17 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         UserError: no such folder, or transformers cannot read it.
     """
     if not any((folder / marker).is_file() for marker in MARKERS):
-        raise UserError(f"--tokenizer {folder}: expected a folder with tokenizer.json, got none: give the tokenizer's folder")
+        raise UserError(
+            f"--tokenizer {folder}: expected a folder with tokenizer.json, got none: give the tokenizer's folder"
+        )
     from transformers import AutoTokenizer
 
     try:
         words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--tokenizer {folder}: expected tokenizer files that transformers reads, got: {error}") from error
+        raise UserError(
+            f"--tokenizer {folder}: expected tokenizer files that transformers reads, got: {error}"
+        ) from error
     files = sorted(
         file for file in folder.iterdir() if file.suffix in SUFFIXES and not _is_weights(file.name) and file.is_file()
     )
@@ -67,8 +71,8 @@ def _is_weights(name: str) -> bool:
 def unpadded_vocab_size(args: Namespace, words: Tokenizer | None, padded: int, given: int | None) -> int:
     """Rows of the embedding that stand for tokens.
 
-    Megatron pads the vocabulary to a multiple of ``--make-vocab-size-divisible-by`` x tensor-parallel size; nothing trains
-    the rows beyond. It records the real size only where ``--vocab-size`` was given.
+    Megatron pads the vocabulary to a multiple of ``--make-vocab-size-divisible-by`` x tensor-parallel size; nothing
+    trains the rows beyond. It records the real size only where ``--vocab-size`` was given.
 
     Args:
         args: Megatron's saved arguments.
@@ -82,7 +86,9 @@ def unpadded_vocab_size(args: Namespace, words: Tokenizer | None, padded: int, g
     recorded = getattr(args, "vocab_size", None)
     size = given or (words.size if words else recorded)
     if size is None:
-        log.warning("vocabulary size unknown: all %d rows are kept, padding included; see --tokenizer, --vocab-size", padded)
+        log.warning(
+            "vocabulary size unknown: all %d rows are kept, padding included; see --tokenizer, --vocab-size", padded
+        )
         return padded
     if size > padded:
         source = "--vocab-size" if given else "tokenizer"

@@ -5,8 +5,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from megatron_act.errors import UserError
 TOLERANCE = 1e-4  # largest difference of two fp32 logits: rounding of two orders of summation, far below any mistake
 PROMPT = "The most important thing about"
 HF_PROGRAM = Path(__file__).with_name("hf_logits.py")
+REQUEST = "request.json"
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,13 @@ class Verified:
     generated: str
 
 
-def verify(
-    load: str | Path,
-    hf: str | Path,
+def verify(load: str | Path, hf: str | Path, text: str | None = None, **options: Any) -> Verified:
+    """Compares a checkpoint and its export on the CPU in fp32: `verify_all` for one pair."""
+    return verify_all([(load, hf)], text, **options)[0]
+
+
+def verify_all(
+    pairs: Sequence[tuple[str | Path, str | Path]],
     text: str | None = None,
     *,
     prompt: str = PROMPT,
@@ -38,12 +45,11 @@ def verify(
     length: int = 128,
     new_tokens: int = 32,
     sample: bool = False,
-) -> Verified:
-    """Compares a checkpoint and its export on the CPU in fp32.
+) -> list[Verified]:
+    """Compares checkpoints and their exports on the CPU in fp32; each stack starts once for all pairs.
 
     Args:
-        load: Megatron's save folder, or an ``iter_XXXXXXX`` folder.
-        hf: the exported folder.
+        pairs: Megatron's save folder (or an ``iter_XXXXXXX`` folder) and the exported folder.
         text: what to run through both; None, or a folder without tokenizer, means random tokens of a fixed seed.
         prompt: start of the generated text (without a tokenizer: the first 8 tokens).
         windows: how many sequences to compare.
@@ -52,37 +58,47 @@ def verify(
         sample: draw from the distribution with a fixed seed instead of taking the likeliest token.
 
     Returns:
-        Largest and mean absolute difference over the export's vocabulary, and the generated text.
+        Per pair the largest and mean absolute difference over the export's vocabulary, and the generated text.
 
     Raises:
         UserError: not a checkpoint, not a model folder, or a folder that transformers does not open in full.
         RuntimeError: Megatron failed; carries its last lines.
     """
-    checkpoint, folder = find_iteration(load).resolve(), Path(hf).resolve()
+    checkpoints = [find_iteration(load).resolve() for load, _ in pairs]
+    options = {"text": text, "prompt": prompt, "windows": windows, "length": length}
+    options |= {"new_tokens": new_tokens, "sample": sample}
+    requests = [options | {"folder": str(_model_folder(hf))} for _, hf in pairs]
+    with tempfile.TemporaryDirectory(prefix="megatron-act-verify-") as work:
+        places = [Path(work) / str(i) for i in range(len(pairs))]
+        run_transformers(places, requests)
+        run_megatron(places, checkpoints)
+        return [compare(place) for place in places]
+
+
+def _model_folder(hf: str | Path) -> Path:
+    folder = Path(hf).resolve()
     if not (folder / "config.json").is_file():
         raise UserError(f"--hf {hf}: expected a model folder with config.json, got none: export one first")
-    request = dict(folder=str(folder), text=text, prompt=prompt, windows=windows, length=length)
-    request |= dict(new_tokens=new_tokens, sample=sample)
-    with tempfile.TemporaryDirectory(prefix="megatron-act-verify-") as work:
-        _run_transformers(Path(work), request)
-        _run_megatron(Path(work), checkpoint)
-        return _compare(Path(work))
+    return folder
 
 
-def _run_transformers(work: Path, request: dict) -> None:
-    path = work / "request.json"
-    path.write_text(json.dumps(request), encoding="utf-8")
-    done = _run([sys.executable, "-I", str(HF_PROGRAM), str(path)], work)
+def run_transformers(places: Sequence[Path], requests: Sequence[dict[str, Any]]) -> None:
+    """Has one isolated Python answer requests (`hf_logits`), each in a new folder; UserError if it refuses one."""
+    for place, request in zip(places, requests, strict=True):
+        place.mkdir()
+        (place / REQUEST).write_text(json.dumps(request), encoding="utf-8")
+    done = _run([sys.executable, "-I", str(HF_PROGRAM), *(str(place / REQUEST) for place in places)], places[0])
     if done.returncode:
-        raise UserError(f"--hf {request['folder']}: transformers does not open it: {_last_lines(done, 1)}")
+        raise UserError(f"--hf: transformers does not open the export as it is: {_last_lines(done, 1)}")
 
 
-def _run_megatron(work: Path, checkpoint: Path) -> None:
-    module = "megatron_act.checkpoint.megatron_logits"
-    files = [str(work / "tokens.npy"), str(work / "megatron_logits.npy")]
-    done = _run([sys.executable, "-m", module, str(checkpoint), *files], Path(__file__).parents[2])
+def run_megatron(places: Sequence[Path], checkpoints: Sequence[Path]) -> None:
+    """Has one process with the CPU backend compute Megatron's logits of each folder's tokens (`megatron_logits`)."""
+    words = [str(word) for pair in zip(checkpoints, places, strict=True) for word in pair]
+    root = Path(__file__).parents[2]
+    done = _run([sys.executable, "-m", "megatron_act.checkpoint.megatron_logits", *words], root)
     if done.returncode:
-        raise RuntimeError(f"Megatron could not run {checkpoint}: {_last_lines(done, 3)}")
+        raise RuntimeError(f"Megatron could not run {checkpoints[0]}: {_last_lines(done, 3)}")
 
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
@@ -94,11 +110,14 @@ def _last_lines(done: subprocess.CompletedProcess, count: int) -> str:
     return " | ".join(done.stderr.strip().splitlines()[-count:]) or f"exit code {done.returncode}"
 
 
-def _compare(work: Path) -> Verified:
+def compare(work: Path) -> Verified:
+    """Compares the logits that both programs left in a folder."""
     theirs = np.load(work / "hf_logits.npy", mmap_mode="r")
     ours = np.load(work / "megatron_logits.npy", mmap_mode="r")[..., : theirs.shape[-1]]
     if ours.shape != theirs.shape:
-        raise UserError(f"--hf: expected logits of shape {ours.shape} as Megatron has, got {theirs.shape}: another model")
+        raise UserError(
+            f"--hf: expected logits of shape {ours.shape} as Megatron has, got {theirs.shape}: another model"
+        )
     difference = np.abs(ours - theirs)
     generated = (work / "generated.txt").read_text(encoding="utf-8")
     positions = theirs.shape[0] * theirs.shape[1]

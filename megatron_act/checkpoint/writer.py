@@ -115,9 +115,13 @@ def check_output(output: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise UserError(f"--output {output}: expected a new folder, got an existing one: choose another or add --overwrite")
+        raise UserError(
+            f"--output {output}: expected a new folder, got an existing one: choose another or add --overwrite"
+        )
     if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise UserError(f"--output {output}: expected a model folder to overwrite (config.json in it), got something else")
+        raise UserError(
+            f"--output {output}: expected a model folder to overwrite (config.json in it), got something else"
+        )
 
 
 @contextlib.contextmanager
