@@ -1,0 +1,129 @@
+"""What this machine allows: device, ranks, tensor parallelism, threads, and the Megatron flags that follow."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megatron_act.errors import UserError
+
+# Megatron's fast paths that need Transformer Engine or apex.
+_WITHOUT_TE = (
+    *("--transformer-impl", "local"),
+    "--no-rope-fusion",
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+    "--no-masked-softmax-fusion",
+)
+# Flags that follow from the layout: in an experiment's model they would contradict it.
+OWNED_FLAGS = (
+    *("--cpu", "--bf16", "--fp16", "--transformer-impl", "--distributed-backend"),
+    *("--tensor-model-parallel-size", "--use-cpu-initialization"),
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where and how one arm runs.
+
+    Attributes:
+        device: ``cpu`` (fp32, gloo) or ``cuda`` (bf16, NCCL).
+        ranks: processes per run.
+        tensor_parallel: ranks that share one replica of the model.
+        threads_per_rank: OMP_NUM_THREADS of each process.
+        transformer_engine: whether it imports; without it the layers are Megatron's local ones.
+        machine: the device's name, for people.
+    """
+
+    device: str
+    ranks: int
+    tensor_parallel: int
+    threads_per_rank: int
+    transformer_engine: bool
+    machine: str
+
+    def __post_init__(self) -> None:
+        if min(self.ranks, self.tensor_parallel) < 1 or self.ranks % self.tensor_parallel:
+            raise UserError(
+                f"layout: expected ranks as a multiple of tensor_parallel, got {self.ranks} and {self.tensor_parallel}"
+            )
+
+    def flags(self) -> list[str]:
+        """Megatron's flags for this layout."""
+        parallel = ["--tensor-model-parallel-size", str(self.tensor_parallel)]
+        if self.device == "cpu":
+            return ["--cpu", *parallel]
+        layers = ["--transformer-impl", "transformer_engine"] if self.transformer_engine else list(_WITHOUT_TE)
+        return ["--bf16", *parallel, *layers]
+
+    def __str__(self) -> str:
+        kind = "fp32, gloo" if self.device == "cpu" else "bf16, NCCL"
+        layers = "Transformer Engine" if self.device == "cuda" and self.transformer_engine else "local"
+        threads = f"{self.threads_per_rank} thread{'s' if self.threads_per_rank > 1 else ''} each"
+        return (
+            f"{self.machine}: {self.ranks} rank{'s' if self.ranks > 1 else ''} x {threads}, "
+            f"tensor parallel {self.tensor_parallel}, {kind}, {layers} layers"
+        )
+
+
+def detect(ranks: int | None = None, tensor_parallel: int | None = None) -> Layout:
+    """The layout for this machine: all that it needs, no more than two ranks.
+
+    No GPU: two ranks on the CPU. One GPU: one rank. Two or more: two ranks. Tensor parallel over all of them.
+
+    Args:
+        ranks: processes per run, instead of the machine's default.
+        tensor_parallel: instead of all ranks.
+
+    Raises:
+        UserError: more ranks than GPUs, or ranks that tensor_parallel does not divide.
+    """
+    import torch  # seconds to import: not for --help
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus and ranks and ranks > gpus:
+        raise UserError(f"layout: expected at most {gpus} ranks (one per GPU), got {ranks}: lower it")
+    ranks = ranks or (min(gpus, 2) if gpus else 2)
+    name = torch.cuda.get_device_name(0) if gpus else cpu_name()
+    return Layout(
+        device="cuda" if gpus else "cpu",
+        ranks=ranks,
+        tensor_parallel=tensor_parallel or ranks,
+        threads_per_rank=max(1, usable_cores() // ranks),
+        transformer_engine=bool(gpus) and _has_transformer_engine(),
+        machine=f"{name} x {min(gpus, ranks)}" if gpus else f"{name}, {usable_cores()} cores",
+    )
+
+
+def override(layout: Layout, ranks: int | None, tensor_parallel: int | None) -> Layout:
+    """The same machine with the numbers that an experiment's file asks for (None keeps the machine's)."""
+    ranks = ranks or layout.ranks
+    threads = max(1, layout.threads_per_rank * layout.ranks // ranks)
+    return replace(layout, ranks=ranks, tensor_parallel=tensor_parallel or ranks, threads_per_rank=threads)
+
+
+def _has_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except (ImportError, RuntimeError, OSError):  # a build for another CUDA raises the latter two
+        return False
+    return True
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: its affinity, and in a container the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max" for no quota
+        return cores
+
+
+def cpu_name() -> str:
+    """The processor's name as the kernel gives it, else "CPU"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "CPU"
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else "CPU"
