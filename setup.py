@@ -8,7 +8,8 @@ README = Path(__file__).parent / "README.md"
 
 MEGATRON = [
     # 0.19: the first release with megatron.training.models.gpt (callable layer specs); 0.20 may move it
-    "megatron-core>=0.19.2,<0.20; python_version>='3.12'",  # on 3.11 launch/setup_env.sh installs it: its metadata says 3.12
+    # on 3.11 launch/setup_env.sh installs it, because its metadata asks for 3.12
+    "megatron-core>=0.19.2,<0.20; python_version>='3.12'",
     "psutil",  # Megatron's checkpoint writer imports it
     "einops",  # Megatron's models import it
     "omegaconf",  # Megatron's config container imports it

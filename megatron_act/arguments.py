@@ -13,11 +13,9 @@ It becomes part of the command line before Megatron parses it; a flag given on t
 import argparse
 import difflib
 import functools
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
+from megatron_act import model_args
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
 
@@ -76,24 +74,6 @@ def parse_init(pairs: list[str]) -> dict[str, float]:
     return init
 
 
-def read_config(path: str | Path) -> dict[str, ConfigValue]:
-    """The MODEL_ARGS mapping of a YAML file.
-
-    Raises:
-        UserError: no such file, not YAML, or not a mapping of flags.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config: expected a readable YAML file, got {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: expected YAML, got {str(error).splitlines()[0]}: mend the file") from None
-    flags = content.get("MODEL_ARGS") if isinstance(content, dict) else None
-    if not isinstance(flags, dict) or not all(str(key).startswith("--") for key in flags):
-        raise UserError(f"--config {path}: expected 'MODEL_ARGS:' with '--flag: value' lines, got something else")
-    return flags
-
-
 def config_to_argv(flags: dict[str, ConfigValue], parser: argparse.ArgumentParser, given: list[str]) -> list[str]:
     """Turns MODEL_ARGS into command-line words, leaving out flags that the command line gives itself.
 
@@ -134,5 +114,5 @@ def peek(argv: list[str]) -> tuple[dict[str, ConfigValue], bool]:
     parser.add_argument("--cpu", action="store_true")
     parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
     known, _ = parser.parse_known_args(argv)
-    flags = read_config(known.config) if known.config else {}
+    flags = model_args.read(known.config) if known.config else {}
     return flags, known.cpu or flags.get("--cpu") is True

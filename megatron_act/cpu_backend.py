@@ -161,6 +161,7 @@ def install() -> None:
     _patch_streams_and_types()
     _CudaMeansCpu().__enter__()
     os.environ[ENVIRONMENT_FLAG] = "1"
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small fusions costs 10 s of start-up
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
     with _quiet_import():
         _patch_megatron()

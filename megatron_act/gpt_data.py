@@ -101,8 +101,8 @@ def check_data(args: Namespace, vocab_size: int) -> None:
         largest = _largest_id(prefix)
         if largest >= vocab_size:
             raise UserError(
-                f"vocabulary mismatch: expected token ids below {vocab_size} (the tokenizer's vocabulary), got {largest} "
-                f"in {prefix}.bin: use the tokenizer that made the data"
+                f"vocabulary mismatch: expected ids below {vocab_size} (the tokenizer's), got {largest} in "
+                f"{prefix}.bin: use the tokenizer that made the data"
             )
 
 
@@ -111,7 +111,8 @@ def _largest_id(prefix: str) -> int:
     dataset, largest, seen = IndexedDataset(prefix), -1, 0
     for document in range(len(dataset)):
         tokens = dataset[document]
-        largest = max(largest, int(tokens.max(initial=-1)))
+        if len(tokens):
+            largest = max(largest, int(tokens.max()))
         seen += len(tokens)
         if seen >= SAMPLED_TOKENS:
             break

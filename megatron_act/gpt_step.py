@@ -1,8 +1,8 @@
 """One GPT training step as ``megatron.training.pretrain`` wants it: batch, forward, loss.
 
-Covers token pretraining from indexed datasets under tensor, pipeline, sequence and context parallelism. What Megatron-LM's
-``pretrain_gpt.py`` does besides (SFT, packed documents, distillation, ModelOpt) stays there: it takes this project's
-activations through ``--spec megatron_act.specs NAME``.
+Covers token pretraining from indexed datasets under tensor, pipeline, sequence and context parallelism. What
+Megatron-LM's ``pretrain_gpt.py`` does besides (SFT, packed documents, distillation, ModelOpt) stays there: it takes
+this project's activations through ``--spec megatron_act.specs NAME``.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def has_mtp(vp_stage: int | None) -> bool:
 
 
 def get_batch(data_iterator: Iterator[Batch], vp_stage: int | None = None) -> Batch:
-    """The micro-batch of this rank: read on tensor-parallel rank 0, broadcast, cut along the sequence for context ranks.
+    """The micro-batch of this rank: read on tensor-parallel rank 0, broadcast, cut for context-parallel ranks.
 
     Returns:
         ``tokens labels loss_mask attention_mask position_ids``, each (micro batch, sequence / cp) or None where this
@@ -119,4 +119,5 @@ def forward_step(data_iterator: Iterator[Batch], model: GPTModel) -> tuple[torch
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return output, partial(loss_func, batch["loss_mask"])
+    mask: Any = batch["loss_mask"]  # None on stages that never compute the loss
+    return output, partial(loss_func, mask)

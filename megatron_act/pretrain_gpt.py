@@ -5,13 +5,14 @@ without side effects but one: Megatron's checkpoint writer spawns processes that
 need the CPU backend if the parent has it.
 """
 
+import os
 import sys
 import time
 
-PROGRAM_START = time.time()
-
 from megatron_act import arguments, cpu_backend
-from megatron_act.errors import run_cli
+from megatron_act.errors import BAD_INPUT, UserError
+
+PROGRAM_START = time.time()
 
 cpu_backend.install_if_requested()
 
@@ -31,5 +32,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+def _entry() -> int:
+    """Exit code 2 and one line per host for bad input; anything else keeps the traceback that a job needs."""
+    try:
+        return main(sys.argv[1:])
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(lambda: main(sys.argv[1:]), debug="--debug" in sys.argv))
+    sys.exit(_entry())

@@ -1,7 +1,7 @@
 """Puts ActivationMLP into Megatron's layer specs.
 
-For an unmodified Megatron-LM ``pretrain_gpt.py``: ``--spec megatron_act.specs xielu``. One callable per activation of the
-registry exists here under the activation's name (``megatron_act.specs.xielu``, ``.crrelu``, ...).
+For an unmodified Megatron-LM ``pretrain_gpt.py``: ``--spec megatron_act.specs xielu``. One callable per
+activation of the registry exists here under its name (``megatron_act.specs.xielu``, ``.crrelu``, ...).
 """
 
 import copy

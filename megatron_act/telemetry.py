@@ -1,24 +1,25 @@
 """What a run tells while it trains: loss, speed and every layer's scalars, to TensorBoard and to a JSONL file.
 
-Megatron's loop has no hook for extra metrics, so ``install`` wraps its ``training_log`` and its evaluation. One JSON object a
-line, written by the last rank (which holds the loss), flushed at once:
+Megatron's loop has no hook for extra metrics, so ``install`` wraps its ``training_log`` and its evaluation. One JSON
+object a line, written by the last rank (which holds the loss), flushed at once:
 
-* ``{"event": "start", "activation", "scalars", "args", "parameters", "versions", "time"}``
-* ``{"event": "step", "iteration", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "scalars": {name: [by layer]}}``
+* ``{"event": "start", "activation", "args", "parameters", "versions", "time"}``
+* ``{"event": "step", "iteration", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "scalars"}``
 * ``{"event": "evaluation", "split": "validation" or "test", "iteration", "tokens", "loss"}``
 
-``loss`` is in nats per token of that step, ``seconds`` the wall time since the first step, ``scalars`` effective values.
+``loss`` is in nats per token of that step, ``seconds`` the wall time since the first step, ``scalars`` the effective
+values by name, one per layer in depth order.
 """
 
 import json
 import time
 from argparse import Namespace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.core.package_info import __version__ as megatron_version
 from megatron.training import get_tensorboard_writer, is_last_rank
 from megatron.training import training as megatron_loop
 
@@ -64,7 +65,11 @@ class Telemetry:
         return {
             "activation": args.activation,
             "args": {name: getattr(args, name, None) for name in RECORDED_FLAGS},
-            "versions": {"megatron_act": __version__, "megatron_core": megatron_version, "torch": torch.__version__},
+            "versions": {
+                "megatron_act": __version__,
+                "megatron_core": version("megatron-core"),
+                "torch": torch.__version__,
+            },
             "time": time.time(),
         }
 

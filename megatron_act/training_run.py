@@ -85,7 +85,7 @@ def check_arguments(args: Namespace) -> None:
         if getattr(args, name, None):
             flag = "--" + name.replace("_", "-")
             raise UserError(
-                f"{flag}: expected token pretraining: use Megatron-LM's pretrain_gpt.py with --spec megatron_act.specs NAME"
+                f"{flag}: not served here: use Megatron-LM's pretrain_gpt.py with --spec megatron_act.specs NAME"
             )
     if args.activation is None:
         return
