@@ -12,7 +12,6 @@ MEGATRON = [
     "megatron-core>=0.19.2,<0.20; python_version>='3.12'",
     "psutil",  # Megatron's checkpoint writer imports it
     "einops",  # Megatron's models import it
-    "omegaconf",  # Megatron's config container imports it
     "tensorboard",  # Megatron's --tensorboard-dir
 ]
 HF = [

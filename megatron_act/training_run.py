@@ -15,6 +15,7 @@ from megatron.training.arguments import add_megatron_arguments, parse_and_valida
 
 from megatron_act import arguments, cpu_backend, gpt_data, specs, telemetry
 from megatron_act.activation import activations_of, raw_initial_values
+from megatron_act.checkpoint.scalars import check_scalars, trained_activation
 from megatron_act.errors import UserError
 from megatron_act.gpt_step import forward_step
 from megatron_act.kernels import api as kernels
@@ -37,6 +38,8 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = _parse(flags, argv)
     gpt_data.check_data(args, get_tokenizer().vocab_size)
+    if args.load:
+        check_scalars(args.load, trained_activation(args))
     model_config = gpt_config_from_args(args)
     if args.activation:
         init = arguments.parse_init(args.activation_init)
