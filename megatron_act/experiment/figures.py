@@ -22,13 +22,13 @@ Results = dict[str, Any]
 
 
 def smooth(values: list[float]) -> np.ndarray:
-    """Centred moving average over `SMOOTHED_SHARE` of the points; the window shrinks at both ends, so nothing lags."""
+    """Centred moving average over `SMOOTHED_SHARE` of the points; at both ends over the part of it that exists."""
     array = np.asarray(values, dtype=np.float64)
     reach = int(len(array) * SMOOTHED_SHARE / 2)
     total = np.concatenate([[0.0], np.cumsum(array)])
     index = np.arange(len(array))
-    half = np.minimum(reach, np.minimum(index, len(array) - 1 - index))
-    return (total[index + half + 1] - total[index - half]) / (2 * half + 1)
+    low, high = np.maximum(index - reach, 0), np.minimum(index + reach, len(array) - 1) + 1
+    return (total[high] - total[low]) / (high - low)
 
 
 def loss_against_tokens(results: Results) -> Figure:
@@ -64,12 +64,14 @@ def _loss_figure(
 
 def _loss_lines(axes: Axes, runs: list[dict[str, Any]], to_x: Any, style: dict[str, Any], name: str) -> list[float]:
     """Draws one arm: each run's raw loss faintly, the smoothed mean over runs; returns the visible range."""
-    tokens = np.asarray(runs[0]["curve"]["tokens"], dtype=np.float64)
-    losses = np.array([[np.nan if loss is None else loss for loss in run["curve"]["losses"]] for run in runs])
-    x = to_x(runs[0], tokens)
+    steps = min(len(run["curve"]["tokens"]) for run in runs)  # an unfinished run has fewer
+    tokens = np.asarray(runs[0]["curve"]["tokens"][:steps], dtype=np.float64)
+    losses = np.array([run["curve"]["losses"][:steps] for run in runs], dtype=np.float64)
+    known = np.isfinite(losses).all(axis=0)  # a skipped step has none
+    x, losses = to_x(runs[0], tokens[known]), losses[:, known]
     for row in losses:
         axes.plot(x, row, color=style["color"], alpha=0.22, linewidth=0.7)
-    mean = smooth(list(np.nanmean(losses, axis=0)))
+    mean = smooth(list(losses.mean(axis=0)))
     axes.plot(x, mean, linewidth=1.8, label=name, **style)
     return [float(np.min(mean)), float(mean[len(mean) // 20])]
 
@@ -93,14 +95,15 @@ def scalars_over_time(results: Results) -> Figure | None:
         return None
     grid = _grid(len(panels))
     for axes, (arm, name) in zip(grid.axes, panels, strict=True):
-        run = next(run for run in results["runs"] if run["name"] == arm["name"])
-        _scalar_panel(axes, run, name)
+        _scalar_panel(axes, [run for run in results["runs"] if run["name"] == arm["name"]], name)
     _layer_key(grid, _layers(results))
     return grid
 
 
-def _scalar_panel(axes: Axes, run: dict[str, Any], name: str) -> None:
-    tokens, by_step = run["curve"]["tokens"], np.array(run["curve"]["scalars"][name])
+def _scalar_panel(axes: Axes, runs: list[dict[str, Any]], name: str) -> None:
+    run, steps = runs[0], min(len(run["curve"]["tokens"]) for run in runs)
+    tokens = run["curve"]["tokens"][:steps]
+    by_step = np.mean([run["curve"]["scalars"][name][:steps] for run in runs], axis=0)
     colours = layer_colours(by_step.shape[1])
     axes.axhline(run["scalars_initial"][name][0], color=INK, linewidth=0.9, linestyle=":")
     for layer in range(by_step.shape[1]):
@@ -195,7 +198,10 @@ def _layer_key(figure: Figure, layers: int) -> None:
 FIGURES: dict[str, tuple[str, Callable[[Results], Figure | None]]] = {
     "loss_tokens": ("Training loss against tokens: moving average over the faint raw loss.", loss_against_tokens),
     "loss_flops": ("Training loss against matmul FLOPs spent.", loss_against_flops),
-    "scalars": ("The trainable scalars of each layer while training; dotted: initial value.", scalars_over_time),
+    "scalars": (
+        "The trainable scalars of each layer while training, means over seeds; dotted: initial value.",
+        scalars_over_time,
+    ),
     "activations": ("The activations after training, by layer; dotted: before.", activation_curves),
     "activation_changes": ("What training changed: learned less initial curve, by layer.", activation_changes),
 }

@@ -75,7 +75,7 @@ def data_text(results: Results) -> str:
 
 
 def _note(results: Results) -> str:
-    unfinished = [run["name"] for run in results["runs"] if not run["finished"]]
+    unfinished = [f"{run['name']} (seed {run['seed']})" for run in results["runs"] if not run["finished"]]
     note = f"{results['note']}."
     return f"{note} Not finished: {', '.join(unfinished)}." if unfinished else note
 

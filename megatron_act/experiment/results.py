@@ -11,6 +11,7 @@ from typing import Any
 from megatron_act.errors import UserError
 from megatron_act.experiment.records import RunFolder, read_lines
 
+EXPORT_KEYS = ("family", "max_logit_difference", "generated")
 FINAL_SHARE = 0.1  # of the logged steps: their mean is the final training loss
 ONE_SEED = "1 seed: no interval, no winner claimed"
 
@@ -172,11 +173,14 @@ def collect(output: str | Path) -> dict[str, Any]:
 def read_export(output: Path) -> dict[str, Any]:
     """Exported arms by ``export.json``: ``{arm: {family, max_logit_difference, generated}}``; may be empty."""
     try:
-        return json.loads((output / "export.json").read_text(encoding="utf-8"))["arms"]
+        arms = json.loads((output / "export.json").read_text(encoding="utf-8"))["arms"]
+        return {name: {key: arm[key] for key in EXPORT_KEYS} for name, arm in arms.items()}
     except FileNotFoundError:
         return {}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{output}/export.json: expected an object with 'arms', got something else") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{output}/export.json: expected {{'arms': {{NAME: {{{', '.join(EXPORT_KEYS)}}}}}}}, got something else"
+        ) from None
 
 
 def write_results(output: str | Path, results: dict[str, Any]) -> Path:

@@ -55,7 +55,7 @@ def arm_style(index: int) -> dict[str, Any]:
 def layer_colours(layers: int) -> list[Any]:
     """One colour per layer along an even ramp, the first darkest; readable on white and on black."""
     ramp = colormaps["plasma"]
-    return [ramp(0.22 + 0.6 * layer / max(1, layers - 1)) for layer in range(layers)]
+    return [ramp(0.3 + 0.52 * layer / max(1, layers - 1)) for layer in range(layers)]
 
 
 def save_png(figure: Figure, path: Path) -> None:

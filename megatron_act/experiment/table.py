@@ -5,7 +5,7 @@ from typing import Any
 NOTHING = "-"
 HEADINGS = (
     *("arm", "MLP width", "parameters", "without embeddings", "FLOPs/token", "total FLOPs"),
-    *("train loss", "validation loss", "perplexity", "tokens/s", "scalars, mean over layers"),
+    *("train loss", "validation loss", "perplexity", "tokens/s", "scalars: initial → range over layers"),
 )
 
 
@@ -18,11 +18,12 @@ def with_spread(value: dict[str, float | None], digits: int) -> str:
 
 
 def scalars_text(arm: dict[str, Any]) -> str:
-    """``alpha_p 0.80 → 0.91`` for each scalar, means over layers."""
-    parts = []
-    for name, final in arm["scalars_final"].items():
-        initial = arm["scalars_initial"][name]
-        parts.append(f"{name} {sum(initial) / len(initial):.3f} → {sum(final) / len(final):.3f}")
+    """``alpha_p 0.80 → 0.71..1.07`` for each scalar: initial value, smallest and largest over the layers."""
+    initial = arm["scalars_initial"]
+    parts = (
+        f"{name} {initial[name][0]:.2f} → {min(final):.2f}..{max(final):.2f}"
+        for name, final in arm["scalars_final"].items()
+    )
     return ", ".join(parts) or NOTHING
 
 
