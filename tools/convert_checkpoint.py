@@ -67,7 +67,7 @@ def _add_export(commands: Any) -> None:
 
 
 def _add_verify(commands: Any) -> None:
-    text = "compare logits of a checkpoint (Megatron) and its export (transformers), fp32 on the CPU; exit 1 beyond --tolerance"
+    text = "compare logits of a checkpoint (Megatron) and its export (transformers) on the CPU; exit 1 if they differ"
     parser = _command(commands, "verify", _verify, text)
     parser.add_argument(
         "--load", required=True, metavar="CKPT", help="Megatron's --save folder, or an iter_XXXXXXX in it"
