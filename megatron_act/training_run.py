@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from megatron.core.enums import ModelType
@@ -71,8 +72,8 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
         return parse_and_validate_args(
             arguments.add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"}
         )
-    except AssertionError as error:
-        raise UserError(f"Megatron refuses the flags: {error}") from error
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"Megatron refuses the flags: {' '.join(str(error).split())}") from error
 
 
 def check_arguments(args: Namespace) -> None:
@@ -90,6 +91,7 @@ def check_arguments(args: Namespace) -> None:
             raise UserError(
                 f"{flag}: not served here: use Megatron-LM's pretrain_gpt.py with --spec megatron_act.specs NAME"
             )
+    _check_tokenizer(args)
     if args.activation is None:
         return
     try:
@@ -98,6 +100,13 @@ def check_arguments(args: Namespace) -> None:
     except ValueError as error:
         raise UserError(f"--activation: {error}") from None
     _check_layout(args)
+
+
+def _check_tokenizer(args: Namespace) -> None:
+    model = args.tokenizer_model
+    is_path = bool(model) and model.startswith(("/", ".", "~"))  # else it may be a name on a hub
+    if is_path and not Path(model).expanduser().exists():
+        raise UserError(f"--tokenizer-model: expected a file or folder, got {model}, which does not exist")
 
 
 def _check_layout(args: Namespace) -> None:

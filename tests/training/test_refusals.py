@@ -1,0 +1,106 @@
+"""Bad input to the entry point: exit code 2, one line that names what to change, nothing written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from training_support import MODEL_FLAGS, ROOT, Train, environment
+
+WORKER = Path(__file__).parent / "workers" / "refusals.py"
+XIELU = ["--cpu", *MODEL_FLAGS, "--activation", "xielu", "--train-iters", "1", "--mock-data"]
+NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127"]
+
+EARLY = {
+    "unknown activation": ([*XIELU, "--activation", "xelu"], ["xelu", "xielu"]),
+    "gated MLP": ([*XIELU, "--swiglu"], ["--swiglu", "1.5x", "compute_match"]),
+    "ffn not divisible by tp": ([*XIELU, "--ffn-hidden-size", "97", "--tensor-model-parallel-size", "2"], ["97", "2"]),
+    "unknown flag": ([*XIELU, "--num-layer", "4"], ["--num-layer", "did you mean --num-layers"]),
+    "missing value": ([*XIELU, "--num-layers"], ["--num-layers", "expected one argument"]),
+    "init not a number": ([*XIELU, "--activation-init", "alpha_p=big"], ["alpha_p=big", "alpha_p=0.8"]),
+    "init of another scalar": ([*XIELU, "--activation-init", "eps=0.1"], ["eps", "alpha_p, alpha_n"]),
+    "init out of range": ([*XIELU, "--activation-init", "alpha_n=0.4"], ["alpha_n", "> 0.5", "0.4"]),
+    "two choices of layers": ([*XIELU, "--spec", "megatron_act.specs", "crrelu"], ["--spec", "remove one"]),
+    "experts": ([*XIELU, "--num-experts", "4"], ["--num-experts", "not supported"]),
+    "sft": ([*XIELU, "--sft"], ["--sft", "pretrain_gpt.py"]),
+}
+
+
+def entry(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_act.pretrain_gpt", *words]
+    return subprocess.run(
+        command, env=environment(), cwd=folder, text=True, capture_output=True, timeout=120, check=False
+    )
+
+
+@pytest.fixture(scope="module")
+def refused() -> dict[str, dict]:
+    words = json.dumps([command for command, _ in EARLY.values()])
+    done = subprocess.run(
+        [sys.executable, str(WORKER), words], env=environment(), text=True, capture_output=True, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = next(line for line in done.stdout.splitlines() if line.startswith("REPORT "))
+    return dict(zip(EARLY, json.loads(report[7:]), strict=True))
+
+
+@pytest.mark.parametrize("case", list(EARLY))
+def test_flags_that_cannot_work_are_refused_in_one_line(refused: dict[str, dict], case: str) -> None:
+    result = refused[case]
+    assert result["code"] == 2
+    assert result["error"].startswith("error: ") and result["error"].count("\n") == 1
+    assert [word for word in EARLY[case][1] if word not in result["error"]] == []
+
+
+CONFIGS = {
+    "no such file": (None, ["config.yaml", "No such file"]),
+    "not yaml": ("MODEL_ARGS: {", ["config.yaml", "YAML"]),
+    "no MODEL_ARGS": ("--num-layers: 4", ["MODEL_ARGS"]),
+    "unknown key": ("MODEL_ARGS:\n  --num-layer: 4\n", ["--num-layer", "did you mean --num-layers"]),
+    "switch with a value": ("MODEL_ARGS:\n  --bf16: 3\n", ["--bf16", "true or false", "3"]),
+}
+
+
+@pytest.mark.parametrize("case", list(CONFIGS))
+def test_config_files_that_cannot_work_are_refused_in_one_line(case: str, tmp_path: Path) -> None:
+    content, words = CONFIGS[case]
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    done = entry(["--config", "config.yaml", *XIELU], tmp_path)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and [word for word in words if word not in lines[0]] == []
+    assert "Traceback" not in done.stderr
+
+
+def refused_line(words: list[str], folder: Path) -> str:
+    """The error line of a command that must fail without leaving anything in ``folder``."""
+    before = sorted(folder.iterdir())
+    done = entry(["--cpu", *MODEL_FLAGS, "--activation", "xielu", "--train-iters", "1", *words], folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert sorted(folder.iterdir()) == before
+    return next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_missing_data_is_refused(data_flags: list[str], tmp_path: Path) -> None:
+    line = refused_line([*data_flags, "--data-path", str(tmp_path / "none")], tmp_path)
+    assert "none.bin" in line and "preprocess_fineweb_edu.py" in line
+
+
+def test_a_vocabulary_smaller_than_the_data_is_refused(data_flags: list[str], tmp_path: Path) -> None:
+    line = refused_line([*data_flags, *NULL], tmp_path)
+    assert "vocabulary mismatch" in line and "127" in line and "511" in line
+
+
+def test_missing_tokenizer_is_refused(data_flags: list[str], tmp_path: Path) -> None:
+    line = refused_line([*data_flags, "--tokenizer-model", str(tmp_path / "nowhere")], tmp_path)
+    assert "--tokenizer-model" in line and "nowhere" in line
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_without_the_scalars_is_refused(train: Train, data_flags: list[str], tmp_path: Path) -> None:
+    swiglu = train("--swiglu", "--train-iters", "1")
+    assert swiglu.code == 0, swiglu.log[-2000:]
+    line = refused_line([*data_flags, "--load", str(swiglu.checkpoint)], tmp_path)
+    assert "xielu" in line and "swiglu" in line and "alpha_p" in line
