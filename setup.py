@@ -56,7 +56,7 @@ setup(
     install_requires=[
         "torch>=2.7",  # torch.library.custom_op with tensor lists; the GPU machines run 2.11
         "triton>=3.5",  # older ones reject tuples of pointers in a loop or cache stale kernels
-        "numpy",
+        "numpy",  # token ids and the report's arithmetic
         "pyyaml",  # --config
         "tqdm",  # progress bars
         *ACTIVE,
@@ -64,7 +64,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.20,<3"],  # FP8 GEMMs; 2.20 is where the quantizer protocol was read
         "dali": ["nvidia-dali-cuda130>=2.4"],  # optional loader; 2.4 runs CPU-only pipelines
-        "data": [],  # filled below by name so that pip install megatron-act[data] stays valid
+        "data": DATA,  # already required; named so that a data-only machine can install with --no-deps plus these
         "dev": DEV,
     },
 )

@@ -31,16 +31,3 @@ def sum_gradients_over_group(
         return ()
     stacked = copy_to_tensor_model_parallel_region(torch.cat(list(scalars)), group=group)
     return tuple(stacked.split(1))
-
-
-def replica_spread(scalars: torch.Tensor, group: torch.distributed.ProcessGroup) -> float:
-    """Largest difference of a scalar between the ranks of ``group``: 0.0 where the replicas are in step.
-
-    Args:
-        scalars: all raw scalars of this rank, shape (n,).
-        group: ranks that hold replicas of them.
-    """
-    highest, lowest = scalars.detach().clone(), scalars.detach().clone()
-    torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX, group=group)
-    torch.distributed.all_reduce(lowest, op=torch.distributed.ReduceOp.MIN, group=group)
-    return float((highest - lowest).max()) if scalars.numel() else 0.0

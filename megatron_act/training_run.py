@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 import time
 from argparse import Namespace
@@ -36,6 +37,7 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
     Raises:
         UserError: whatever the user can correct in flags or files.
     """
+    _stand_alone()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = _parse(flags, argv)
     gpt_data.check_data(args, get_tokenizer().vocab_size)
@@ -55,6 +57,17 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
         ModelType.encoder_or_decoder,
         forward_step,
     )
+
+
+def _stand_alone() -> None:
+    """Without torchrun, one process is a world of its own."""
+    if "WORLD_SIZE" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
 
 
 def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:

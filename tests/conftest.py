@@ -1,0 +1,40 @@
+"""Shared by all tests: Triton's interpreter where no GPU is, and no skipped test without an allowed reason."""
+
+import os
+
+import pytest
+import torch
+
+# A skip whose reason starts otherwise fails the whole run: nothing may stop being tested unnoticed.
+ALLOWED_SKIPS = (
+    "no GPU",
+    "no Transformer Engine",
+    "no network namespaces",
+    "data that may not ship",
+)
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before triton is imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # The interpreter computes both branches of a where in numpy, which warns about the branch not taken.
+    for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
+        config.addinivalue_line("filterwarnings", f"ignore:.*encountered in:RuntimeWarning:{module}")
+
+
+def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Why a test (or a whole file) was skipped, without pytest's prefix."""
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    return reason.removeprefix("Skipped: ")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    forbidden = [report for report in skipped if not skip_reason(report).startswith(ALLOWED_SKIPS)]
+    for report in forbidden:
+        reporter.write_line(f"\nnot an allowed reason to skip: {report.nodeid}: {skip_reason(report)}", red=True)
+    if forbidden and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
