@@ -90,7 +90,7 @@ def base_flags(steps: int) -> Flags:
     flags = model_args.read(Path(__file__).parents[2] / "configs" / "tiny-swiglu.yaml")
     flags |= {"--train-iters": steps, "--lr-decay-iters": steps}
     flags |= {"--lr-warmup-iters": steps // 10, "--lr-wsd-decay-iters": steps // 5}
-    return flags | {"--eval-interval": max(1, steps // 6), "--eval-iters": 10, "--log-interval": 1}
+    return flags | {"--eval-interval": steps + 1, "--eval-iters": 20, "--log-interval": 1}  # validation: at the end
 
 
 def write_experiment(folder: Path, steps: int) -> Experiment:
