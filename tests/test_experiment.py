@@ -53,7 +53,7 @@ COMMON = (
     "--lr 0.01 --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --mock-data "
     "--tokenizer-type NullTokenizer "
 )
-LAYOUT = "--log-interval 1 --eval-interval 21 --seed 1234 --cpu --tensor-model-parallel-size 2"
+LAYOUT = "--log-interval 1 --num-workers 0 --eval-interval 21 --seed 1234 --cpu --tensor-model-parallel-size 2"
 
 
 def words_of(content: dict, folder: Path = ROOT, layout: Layout = CPU) -> list[str]:

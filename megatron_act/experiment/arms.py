@@ -119,6 +119,8 @@ class Experiment:
             flags["--tokenizer-type"], flags["--tokenizer-model"] = "HuggingFaceTokenizer", self.tokenizer
         iterations = _train_iters(flags)
         flags.setdefault("--log-interval", max(1, iterations // LOGGED_STEPS))  # Megatron's 100 would hide a short run
+        if layout.device == "cpu":
+            flags.setdefault("--num-workers", 0)  # loader processes compete with the ranks, and cost seconds at exit
         flags.setdefault("--eval-interval", iterations + 1)  # Megatron has no default: once, after the last step
         words = (*to_words(flags), *inputs, "--seed", str(seed), *layout.flags())
         return Run(arm, seed, words, match, iterations)
