@@ -38,14 +38,17 @@ def crrelu_bwd(x, g, p):
 def torch_fwd(x: Tensor, eps: Tensor) -> Tensor:
     """y; eps: 0-d tensor."""
     c = x.clamp(-CUT, CUT)
-    return torch.relu(x) + eps * c * torch.exp(-0.5 * c * c)
+    bump = c.square().mul_(-0.5).exp_().mul_(c)
+    return torch.relu(x).addcmul_(bump, eps)
 
 
 def torch_bwd(x: Tensor, g: Tensor, eps: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-    """(dx, (g df/deps,)), elementwise."""
+    """(dx, (g df/deps,)), elementwise; sign(relu(x)) is [x > 0], faster than a comparison on a CPU."""
     c = x.clamp(-CUT, CUT)
-    t = torch.exp(-0.5 * c * c)
-    return g * ((x > 0) + eps * ((1.0 - c * c) * t)), (g * (c * t),)
+    square = c.square()
+    t = torch.exp(square * -0.5)
+    slope = (1.0 - square).mul_(t).mul_(eps).add_(torch.relu(x).sign())
+    return slope.mul_(g), (t.mul(c).mul_(g),)
 
 
 CRRELU = Activation("crrelu", (Param("eps", 0.01),), crrelu_fwd, crrelu_bwd, torch_fwd, torch_bwd)

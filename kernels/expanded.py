@@ -9,12 +9,14 @@ At +-inf f is c inf, or the limit of -(1 + 2 alpha) w where c = 0.
 """
 # mypy: disallow-untyped-defs=False
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_act.kernels.gates import cauchy, cauchy_torch, gaussian, gaussian_torch, logistic, logistic_torch
+from megatron_act.kernels.gates import CAUCHY, GAUSSIAN, LOGISTIC, TorchGate, cauchy, gaussian, logistic
 from megatron_act.kernels.spec import Activation, Param
 
 
@@ -81,22 +83,21 @@ def xatlu_bwd(x, g, p):
     return g * slope(x, d, p[0]), (g * integrand(x, w, near, 1.0),)
 
 
-def _activation(name: str, fwd, bwd, gate) -> Activation:
+def _activation(name: str, fwd, bwd, gate: TorchGate) -> Activation:
     def torch_fwd(x: Tensor, alpha: Tensor) -> Tensor:
-        w, _, _ = gate(x)
-        c = torch.where(x > 0, 1.0 + alpha, alpha)
-        return (c * x.abs()).masked_fill(c == 0, 0.0) - (1.0 + 2.0 * alpha) * w
+        free = torch.full_like(alpha, math.inf)  # x is cut only where the gate's limit is 0: there inf * 0 would be NaN
+        low, high = torch.where(alpha == 0, 1e30, free), torch.where(alpha == -1, 1e30, free)
+        x = x.clamp(-low, high)
+        return x * ((1.0 + 2.0 * alpha) * gate.gate(x) - alpha)
 
     def torch_bwd(x: Tensor, g: Tensor, alpha: Tensor) -> tuple[Tensor, tuple[Tensor]]:
-        _, d, xs = gate(x)
-        k = (1.0 + 2.0 * alpha) * d
-        return g * torch.where(x > 0, 1.0 + alpha - k, k - alpha), (g * xs,)
+        return g * ((1.0 + 2.0 * alpha) * gate.slope(x) - alpha), (g * gate.x_spread(x),)
 
     return Activation(name, (Param("alpha", 0.0),), fwd, bwd, torch_fwd, torch_bwd)
 
 
 ACTIVATIONS = (
-    _activation("xsilu", xsilu_fwd, xsilu_bwd, logistic_torch),
-    _activation("xgelu", xgelu_fwd, xgelu_bwd, gaussian_torch),
-    _activation("xatlu", xatlu_fwd, xatlu_bwd, cauchy_torch),
+    _activation("xsilu", xsilu_fwd, xsilu_bwd, LOGISTIC),
+    _activation("xgelu", xgelu_fwd, xgelu_bwd, GAUSSIAN),
+    _activation("xatlu", xatlu_fwd, xatlu_bwd, CAUCHY),
 )

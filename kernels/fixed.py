@@ -11,15 +11,13 @@ Transformer Engine's GELU are the tanh form, which differs by up to 4.7e-4. Slop
 """
 # mypy: disallow-untyped-defs=False
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from megatron_act.kernels.device_math import exp_neg, relu
-from megatron_act.kernels.gates import gaussian, gaussian_torch, logistic, logistic_torch
+from megatron_act.kernels.gates import GAUSSIAN, LOGISTIC, TANH, TorchGate, gaussian, logistic
 from megatron_act.kernels.spec import Activation
 
 
@@ -32,7 +30,7 @@ def relu2_fwd(x, p):
 @triton.jit
 def relu2_bwd(x, g, p):
     """(dx, ())."""
-    return g * 2.0 * relu(x), ()
+    return (g * 2.0) * relu(x), ()
 
 
 @triton.jit
@@ -99,32 +97,22 @@ def gelu_tanh_bwd(x, g, p):
     return g * tl.where(x > 0, 1.0 - d, d), ()
 
 
-def tanh_gate_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(w, D, x s(x)) of the gate of gelu_tanh."""
-    c = x.abs().clamp(max=40.0)
-    scale = 2.0 * math.sqrt(2.0 / math.pi)
-    v = scale * (c + 0.044715 * c**3)
-    low, high = torch.sigmoid(-v), torch.sigmoid(v)
-    return c * low, low * (1.0 - c * (scale * (1.0 + 0.134145 * c * c)) * high), c * torch.tanh(0.5 * v)
-
-
 def relu2_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
     """(dx, ())."""
-    return g * (2.0 * torch.relu(x)), ()
+    return (2.0 * g) * torch.relu(x), ()
 
 
 def relu_torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
-    """(dx, ())."""
-    return g * (x > 0), ()
+    """(dx, ()); sign(relu(x)) is [x > 0], faster than a comparison on a CPU."""
+    return g * torch.relu(x).sign(), ()
 
 
-def _gated(name: str, fwd, bwd, gate) -> Activation:
+def _gated(name: str, fwd, bwd, gate: TorchGate) -> Activation:
     def torch_fwd(x: Tensor) -> Tensor:
-        return torch.relu(x) - gate(x)[0]
+        return x.clamp(min=-1e30) * gate.gate(x)  # 0, not inf * 0, at -inf
 
     def torch_bwd(x: Tensor, g: Tensor) -> tuple[Tensor, tuple[()]]:
-        d = gate(x)[1]
-        return g * torch.where(x > 0, 1.0 - d, d), ()
+        return g * gate.slope(x), ()
 
     return Activation(name, (), fwd, bwd, torch_fwd, torch_bwd)
 
@@ -132,7 +120,7 @@ def _gated(name: str, fwd, bwd, gate) -> Activation:
 ACTIVATIONS = (
     Activation("relu2", (), relu2_fwd, relu2_bwd, lambda x: torch.relu(x).square(), relu2_torch_bwd),
     Activation("relu", (), relu_fwd, relu_bwd, torch.relu, relu_torch_bwd),
-    _gated("gelu", gelu_fwd, gelu_bwd, gaussian_torch),
-    _gated("silu", silu_fwd, silu_bwd, logistic_torch),
-    _gated("gelu_tanh", gelu_tanh_fwd, gelu_tanh_bwd, tanh_gate_torch),
+    _gated("gelu", gelu_fwd, gelu_bwd, GAUSSIAN),
+    _gated("silu", silu_fwd, silu_bwd, LOGISTIC),
+    _gated("gelu_tanh", gelu_tanh_fwd, gelu_tanh_bwd, TANH),
 )

@@ -1,16 +1,19 @@
-"""x times a gate that rises from 0 to 1 symmetrically: gate(x) + gate(-x) = 1. Device and torch forms, a = |x|.
-
-    x gate(x) = max(0, x) - w(a)       w(a) = a gate(-a)       slope: D for x <= 0, 1 - D for x > 0, with D = dw/da
-    x s(x) = a - 2 w(a)                s = 2 gate - 1: what an expanded gate is multiplied by
+"""x times a gate that rises from 0 to 1 symmetrically: gate(x) + gate(-x) = 1. Device and torch forms.
 
     logistic: gate = 1 / (1 + e^-x)    gaussian: gate = Phi(x)    cauchy: gate = arctan(x)/pi + 1/2
 
-Each device function returns (w, D, n) where n = x s(x) for small a, in a form that does not cancel there, and each
-has its threshold in ``NEAR``. w and D are finite at a = inf.
+Device, with a = |x|: x gate(x) = max(0, x) - w and its slope is D for x <= 0, 1 - D for x > 0, where w = a gate(-a) and
+D = dw/da. Each function returns (w, D, n); n = x s(x), s = 2 gate - 1, for small a, where a - 2 w would cancel.
+w and D are finite at a = inf.
+
+Torch: a gate is a value, so that an activation takes only what it needs. No torch.where on the way: on a CPU it costs
+as much as five exponentials.
 """
 # mypy: ignore-errors
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -54,37 +57,76 @@ def cauchy(x):
     return w, tl.where(small, 0.5 - m * p, m * p) - c, 2.0 * b
 
 
-def logistic_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(w, D, x s(x)) for every x."""
+@dataclass(frozen=True)
+class TorchGate:
+    """A gate on tensors: ``gate(x)``, ``x_slope(x) = x gate'(x)`` and ``x_spread(x) = x (2 gate(x) - 1)``."""
+
+    gate: Callable[[Tensor], Tensor]
+    x_slope: Callable[[Tensor], Tensor]
+    x_spread: Callable[[Tensor], Tensor]
+
+    def slope(self, x: Tensor) -> Tensor:
+        """d(x gate(x))/dx."""
+        return self.gate(x) + self.x_slope(x)
+
+
+def _logistic_x_slope(x: Tensor) -> Tensor:
+    c = x.clamp(-800.0, 800.0)  # e^-800 = 0 in float64; keeps inf * 0 out
+    return c * torch.sigmoid(c) * torch.sigmoid(-c)
+
+
+def _logistic_x_spread(x: Tensor) -> Tensor:
     a = x.abs()
-    c = a.clamp(max=800.0)  # e^-800 = 0 in float64
-    low, high = torch.sigmoid(-c), torch.sigmoid(c)
-    return c * low, low * (1.0 - c * high), a * torch.tanh(0.5 * a)
+    return -a * torch.expm1(-a) * torch.sigmoid(a)  # a tanh(a/2), three times faster on a CPU
 
 
-def gaussian_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(w, D, x s(x)) for every x; erfc does not cancel."""
-    a = x.abs()
-    c = a.clamp(max=40.0)  # Phi(-40) = 0 in float64
-    low = 0.5 * torch.erfc(c * math.sqrt(0.5))
-    density = torch.exp(-0.5 * c * c) / math.sqrt(2.0 * math.pi)
-    return c * low, low - c * density, a * torch.erf(a * math.sqrt(0.5))
+LOGISTIC = TorchGate(torch.sigmoid, _logistic_x_slope, _logistic_x_spread)
 
 
-def cauchy_torch(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(w, D, x s(x)) for every x."""
-    a = x.abs()
-    c = a.clamp(max=1e30)  # w -> 1/pi
-    low = torch.atan2(torch.ones_like(c), c) / math.pi
-    slope = torch.where(c < 8.0, low - c / (math.pi * (1.0 + c * c)), _cauchy_far_slope(c.clamp(min=8.0)))
-    return c * low, slope, a * (1.0 - 2.0 * low).clamp(min=0.0).where(a > 1.0, torch.atan(a) * (2.0 / math.pi))
+def _gaussian_gate(x: Tensor) -> Tensor:
+    return 0.5 * torch.erfc(x * -math.sqrt(0.5))  # erfc does not cancel for x << 0
 
 
-def _cauchy_far_slope(c: Tensor) -> Tensor:
-    """(atan m - m / (1 + m^2)) / pi = sum over k of (-1)^(k+1) 2k/(2k+1) m^(2k+1) / pi with m = 1/c, for c >= 8."""
-    m = 1.0 / c
-    z = m * m
-    series = torch.zeros_like(m)
-    for k in range(9, 0, -1):  # 8^-18 < 1e-16
-        series = 2.0 * k / (2.0 * k + 1.0) - z * series
-    return m * z * series / math.pi
+def _gaussian_x_slope(x: Tensor) -> Tensor:
+    c = x.clamp(-40.0, 40.0)  # e^-800
+    return c * torch.exp(-0.5 * c * c) * (1.0 / math.sqrt(2.0 * math.pi))
+
+
+GAUSSIAN = TorchGate(_gaussian_gate, _gaussian_x_slope, lambda x: x * torch.erf(x * math.sqrt(0.5)))
+
+
+def _cauchy_gate(x: Tensor) -> Tensor:
+    return torch.atan2(x.new_ones(()), -x) * (1.0 / math.pi)
+
+
+class _Cauchy(TorchGate):
+    def slope(self, x: Tensor) -> Tensor:
+        """gate and x gate' cancel for x << 0: with m = -1/x it is sum of (-1)^(k+1) 2k/(2k+1) m^(2k+1) / pi, k >= 1."""
+        m = -1.0 / x.clamp(max=-8.0)
+        z = m * m
+        series = torch.zeros_like(m)
+        for k in range(9, 0, -1):  # 8^-18 < 1e-16
+            series = 2.0 * k / (2.0 * k + 1.0) - z * series
+        near = x.clamp(min=-8.0)
+        return torch.where(x < -8.0, m * z * series * (1.0 / math.pi), self.gate(near) + self.x_slope(near))
+
+
+def _cauchy_x_slope(x: Tensor) -> Tensor:
+    c = x.clamp(-1e18, 1e18)  # c^2 stays finite in float32
+    return c / (math.pi * (1.0 + c * c))
+
+
+CAUCHY = _Cauchy(_cauchy_gate, _cauchy_x_slope, lambda x: x * (torch.atan(x) * (2.0 / math.pi)))
+TANH_SCALE = 2.0 * math.sqrt(2.0 / math.pi)
+
+
+def _tanh_gate(x: Tensor) -> Tensor:
+    return torch.sigmoid(TANH_SCALE * (x + 0.044715 * x**3))
+
+
+def _tanh_x_slope(x: Tensor) -> Tensor:
+    c = x.clamp(-40.0, 40.0)
+    return c * (TANH_SCALE * (1.0 + 0.134145 * c * c)) * _tanh_gate(c) * _tanh_gate(-c)
+
+
+TANH = TorchGate(_tanh_gate, _tanh_x_slope, lambda x: x * (2.0 * _tanh_gate(x) - 1.0))

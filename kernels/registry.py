@@ -29,10 +29,16 @@ def names() -> tuple[str, ...]:
     return tuple(_all())
 
 
+def _likeness(name: str, other: str) -> float:
+    """Equal parts in order plus equal letters in any order: xeilu is nearer to xielu than to xsilu."""
+    matcher = difflib.SequenceMatcher
+    return matcher(None, name, other).ratio() + matcher(None, sorted(name), sorted(other)).ratio()
+
+
 def get(name: str) -> Activation:
     """The activation called ``name``; ValueError naming the nearest known one otherwise."""
     known = _all()
     if name not in known:
-        near = difflib.get_close_matches(str(name).lower(), known, n=1, cutoff=0.0)[0]
+        near = max(known, key=lambda candidate: _likeness(str(name).lower(), candidate))
         raise ValueError(f"unknown activation {name!r}: did you mean {near!r}? known: {', '.join(known)}")
     return known[name]

@@ -79,6 +79,12 @@ class Activation:
         return _Reference.apply(self, x.to(dtype), *effective).to(x.dtype)
 
 
+def finite(slope: Tensor) -> Tensor:
+    """A slope that overflowed, cut back to the largest finite value: times a zero gradient it must stay 0."""
+    largest = torch.finfo(slope.dtype).max
+    return slope.clamp(-largest, largest)
+
+
 class _Reference(torch.autograd.Function):
     """Joins ``torch_fwd`` and ``torch_bwd``; keeps x only. Twice differentiable (torch operations throughout)."""
 

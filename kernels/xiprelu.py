@@ -5,7 +5,7 @@
                                                df/dq = a |x|^q ln|x|
     a = a_p for x > 0, a_n for x <= 0; a_p, a_n = softplus(raw), q = 1 + softplus(power), beta = 0.5
 
-f(+-inf) = +inf, f'(0) = beta, and every parameter derivative is 0 at 0. The authors floor |x| at 1e-6; here it is exact.
+f(+-inf) = +inf, f'(0) = beta, every parameter derivative is 0 at 0. The authors floor |x| at 1e-6; here it is exact.
 """
 # mypy: disallow-untyped-defs=False
 
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_act.kernels.device_math import log2_parts
-from megatron_act.kernels.spec import BETA, Activation, Param
+from megatron_act.kernels.spec import BETA, Activation, Param, finite
 
 LN2 = 0.6931471805599453
 
@@ -31,18 +31,18 @@ def xiprelu_bwd(x, g, p):
     """(dx, (da_p, da_n)) in fp32."""
     g_p = tl.where(x > 0, g, 0.0)
     g_n = tl.where(x > 0, 0.0, g)
-    dx = g * (2.0 * tl.where(x > 0, p[0], p[1]) * x + 0.5)
-    return dx, ((g_p * x) * x, (g_n * x) * x)
+    slope = 2.0 * tl.where(x > 0, p[0], p[1]) * x + 0.5
+    return g * tl.clamp(slope, -3e38, 3e38), ((g_p * x) * x, (g_n * x) * x)
 
 
 @triton.jit
 def power(u, r):
     """(u^r, log2 u) for u >= 0, r > 0. The exponent r e is split so that both parts are exact or small."""
-    e, l = log2_parts(u)
+    e, fraction = log2_parts(u)
     coarse = (r.to(tl.int32, bitcast=True) & -256).to(tl.float32, bitcast=True)  # 16 bits: coarse * e is exact
     whole = coarse * e
     n = tl.floor(whole + 0.5)
-    return tl.exp2(n) * tl.exp2((whole - n) + ((r - coarse) * e + r * l)), e + l
+    return tl.exp2(n) * tl.exp2((whole - n) + ((r - coarse) * e + r * fraction)), e + fraction
 
 
 @triton.jit
@@ -59,20 +59,22 @@ def xiprelup_bwd(x, g, p):
     a_p, a_n, q = p
     s, log2 = power(tl.abs(x), q - 1.0)
     slope = tl.where(x > 0, (a_p * q) * s, (a_n * q) * -s) + 0.5
-    gt = g * (tl.abs(x) * s)
+    gt = (g * tl.minimum(s, 3e38)) * tl.abs(x)
     dq = gt * (tl.where(x > 0, a_p, a_n) * (log2 * 0.6931471805599453))
-    return g * slope, (tl.where(x > 0, gt, 0.0), tl.where(x > 0, 0.0, gt), dq)
+    return g * tl.clamp(slope, -3e38, 3e38), (tl.where(x > 0, gt, 0.0), tl.where(x > 0, 0.0, gt), dq)
 
 
 def xiprelu_torch_fwd(x: Tensor, a_p: Tensor, a_n: Tensor) -> Tensor:
     """y; a_p, a_n: 0-d tensors."""
-    return x * (torch.where(x > 0, a_p, a_n) * x + BETA)
+    low, high = x.clamp(max=0.0), torch.relu(x)
+    return torch.addcmul(low * (a_n * low + BETA), high, a_p * high + BETA)
 
 
 def xiprelu_torch_bwd(x: Tensor, g: Tensor, a_p: Tensor, a_n: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """(dx, (g df/da_p, g df/da_n)), elementwise."""
-    low, high = x.clamp(max=0.0), x.clamp(min=0.0)
-    return g * (2.0 * torch.where(x > 0, a_p, a_n) * x + BETA), (g * high * high, g * low * low)
+    low, high = x.clamp(max=0.0), torch.relu(x)
+    slope = torch.addcmul(2.0 * a_n * low + BETA, high, 2.0 * a_p)
+    return g * finite(slope), (g * high * high, g * low * low)
 
 
 def xiprelup_torch_fwd(x: Tensor, a_p: Tensor, a_n: Tensor, q: Tensor) -> Tensor:
@@ -86,9 +88,13 @@ def xiprelup_torch_bwd(
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
     """(dx, (g df/da_p, g df/da_n, g df/dq)), elementwise."""
     u = x.abs()
-    a, t = torch.where(x > 0, a_p, a_n), u.pow(q)
-    dx = g * (a * q * u.pow(q - 1.0) * x.sign() + BETA)
-    return dx, (g * t * (x > 0), g * t * (x <= 0), g * a * torch.xlogy(t, u))
+    a, s = torch.where(x > 0, a_p, a_n), u.pow(q - 1.0)
+    gt = (g * finite(s)) * u
+    return g * finite(a * q * s * x.sign() + BETA), (
+        torch.where(x > 0, gt, 0.0),
+        torch.where(x > 0, 0.0, gt),
+        gt * (a * torch.xlogy(u.sign(), u)),
+    )
 
 
 QUADRATIC = (Param("alpha_p", 0.8, "softplus"), Param("alpha_n", 0.8, "softplus"))

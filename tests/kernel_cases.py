@@ -1,0 +1,54 @@
+"""What the kernel tests share: the golden file, raw parameters off their initial values, and the accuracy measure."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_act.kernels import api as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cpu: Triton's interpreter (conftest.py)
+GOLDEN = Path(__file__).parent / "data" / "activations.json"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@functools.cache
+def golden() -> dict[str, Any]:
+    return json.loads(GOLDEN.read_text())
+
+
+def golden_x(dtype: torch.dtype) -> Tensor:
+    return torch.tensor([float.fromhex(x) for x in golden()["x_hex"]], dtype=dtype)
+
+
+def golden_params(case: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    return [torch.tensor([float.fromhex(p)], dtype=dtype) for p in case["params_hex"].values()]
+
+
+def golden_ids(*, float32_only: bool) -> list[Any]:
+    """All cases; with ``float32_only`` those whose raw parameters are exactly float32."""
+    cases = golden()["cases"]
+    chosen = [
+        c for c in cases if not float32_only or golden_params(c, torch.float32) == golden_params(c, torch.float64)
+    ]
+    return [pytest.param(c, id=f"{c['activation']}-{c['setting']}") for c in chosen]
+
+
+def values(strings: list[str]) -> Tensor:
+    return torch.tensor([float(s) for s in strings], dtype=torch.float64)
+
+
+def shifted_params(name: str, dtype: torch.dtype = torch.float32, device: str = DEVICE) -> list[Tensor]:
+    """Raw parameters that differ from the initial ones and from each other."""
+    raws = [p.raw_init + 0.11 * (j + 1) for j, p in enumerate(kernels.get(name).params)]
+    return [torch.tensor([raw], dtype=dtype, device=device, requires_grad=True) for raw in raws]
+
+
+def relative(got: Tensor, want: Tensor, scale: Tensor) -> Tensor:
+    """|got - want| / scale in float64; 0 where both agree, infinite where they do not and scale is 0."""
+    error = (got.double().cpu() - want).abs()
+    return torch.where(error == 0, 0.0, error / scale)
