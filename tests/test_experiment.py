@@ -450,6 +450,19 @@ def test_progress_without_a_terminal_prints_tenths() -> None:
     assert lines[-1] == "xielu: 100% (100/100), loss 3.000"
 
 
+def test_progress_on_a_terminal_is_a_bar_with_loss_even_without_a_width() -> None:
+    master, slave = os.openpty()  # its width is 0
+    with os.fdopen(slave, "w") as stream:
+        progress = Progress("xielu", 100, stream)
+        progress.update([{"event": "step", "iteration": 50, "loss": 2.5}])
+        progress.bar.refresh()
+        progress.close()
+        stream.flush()
+        text = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert re.search(r"xielu  50%\|█+. +\| 50/100 \[\d\d:\d\d<\d\d:\d\d, loss 2\.500\]", text)
+
+
 def test_tail_waits_for_whole_lines(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     tail = Tail(path)

@@ -1,6 +1,7 @@
 """One bar per run, driven by its JSONL; a line every tenth where standard error is no terminal."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,7 +44,10 @@ class Progress:
         self.done, self.loss, self.said = 0, float("nan"), 0
         self.first: tuple[int, float] | None = None  # where the pace is measured from: start-up is not part of it
         form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.bar = tqdm(total=total, desc=label, file=self.stream, bar_format=form, disable=not self.terminal)
+        width = _columns(self.stream) if self.terminal else None
+        self.bar = tqdm(
+            total=total, desc=label, file=self.stream, bar_format=form, ncols=width, disable=not self.terminal
+        )
 
     def update(self, lines: list[dict[str, Any]]) -> None:
         """Takes new lines of the JSONL."""
@@ -81,3 +85,8 @@ class Progress:
     def close(self) -> None:
         """Ends the bar's line."""
         self.bar.close()
+
+
+def _columns(terminal: TextIO) -> int:
+    """The terminal's width; 80 for one that says 0 (`script`, some containers), where tqdm would print nothing."""
+    return os.get_terminal_size(terminal.fileno()).columns or 80
