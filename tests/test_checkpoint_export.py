@@ -24,6 +24,8 @@ from megatron_act.checkpoint.verify import Verified, verify_all
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[1]
 LAYERS, STEPS, VOCAB_SIZE = 4, 14, 127  # the vocabulary is padded to 256 at TP=2, to 128 at PP=2
 TOLERANCE = 1e-4
@@ -101,7 +103,6 @@ def command() -> Callable[[list[str]], int]:
     return call
 
 
-@pytest.mark.distributed
 def test_scalars_moved_and_differ_by_layer(trained: dict[str, Path]) -> None:
     layers = effective_scalars(MegatronCheckpoint(trained["apertus"]))
     for param in kernels.get("xielu").params:
@@ -111,7 +112,6 @@ def test_scalars_moved_and_differ_by_layer(trained: dict[str, Path]) -> None:
         assert len({round(value, 3) for value in values}) == LAYERS
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("name", ARMS)
 def test_logits_equal_megatrons(verified: dict[str, Verified], exported: dict[str, Path], name: str) -> None:
     assert verified[name].max_difference <= TOLERANCE
@@ -131,7 +131,6 @@ for path, output in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
 """
 
 
-@pytest.mark.distributed
 def test_reader_returns_what_megatron_loads(trained: dict[str, Path], tmp_path: Path) -> None:
     checkpoints = {name: MegatronCheckpoint(trained[name]) for name in ARMS}
     words = [str(word) for name in ARMS for word in (checkpoints[name].path, tmp_path / name)]
@@ -155,7 +154,6 @@ def test_reader_returns_what_megatron_loads(trained: dict[str, Path], tmp_path: 
         assert seen == set(checkpoint.keys())
 
 
-@pytest.mark.distributed
 def test_export_is_the_same_from_tp2_and_pp2(trained: dict[str, Path], exported: dict[str, Path], base: Path) -> None:
     other = train(base / "apertus-pp2", f"{XIELU} {PP2} --make-vocab-size-divisible-by 256", load=trained["apertus"])
     assert MegatronCheckpoint(other).args.pipeline_model_parallel_size == 2
@@ -175,7 +173,6 @@ def altered(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor
 OPTIONS = {"text": None, "prompt": "", "windows": 2, "length": 64, "new_tokens": 1, "sample": False}
 
 
-@pytest.mark.distributed
 def test_every_scalar_reset_is_noticed(exported: dict[str, Path], tmp_path: Path) -> None:
     """The first folder is the export itself, whose logits are Megatron's (test_logits_equal_megatrons)."""
     params = {f"alpha_{sign}": kernels.get("xielu").params[i].raw_init for i, sign in enumerate("pn")}
@@ -192,7 +189,6 @@ def test_every_scalar_reset_is_noticed(exported: dict[str, Path], tmp_path: Path
         assert verification.compare(place).max_difference > 2 * TOLERANCE, name
 
 
-@pytest.mark.distributed
 def test_missing_constants_are_refused(exported: dict[str, Path], tmp_path: Path) -> None:
     names = [f"model.layers.2.mlp.act_fn.{buffer}" for buffer in ("beta", "eps")]
     folder = altered(exported["apertus"], tmp_path / "hf", lambda tensors: [tensors.pop(name) for name in names])
@@ -200,7 +196,6 @@ def test_missing_constants_are_refused(exported: dict[str, Path], tmp_path: Path
         verification.run_transformers([tmp_path / "answer"], [OPTIONS | {"folder": str(folder)}])
 
 
-@pytest.mark.distributed
 def test_constants_are_written(exported: dict[str, Path]) -> None:
     tensors = load_file(exported["apertus"] / "model.safetensors")
     for layer in range(LAYERS):
@@ -225,7 +220,6 @@ def words(base: Path) -> Path:
     return base / "tokenizer"
 
 
-@pytest.mark.distributed
 def test_commands_with_tokenizer(
     trained: dict[str, Path], words: Path, tmp_path: Path, command: Callable, capsys: pytest.CaptureFixture
 ) -> None:
@@ -247,7 +241,6 @@ def test_commands_with_tokenizer(
     assert "DIFFERENT" in capsys.readouterr().out
 
 
-@pytest.mark.distributed
 def test_bfloat16_keeps_scalars_in_fp32(trained: dict[str, Path], exported: dict[str, Path], tmp_path: Path) -> None:
     export(trained["apertus"], tmp_path / "hf", dtype="bfloat16", progress=False)
     full, half = (load_file(path / "model.safetensors") for path in (exported["apertus"], tmp_path / "hf"))
@@ -258,7 +251,6 @@ def test_bfloat16_keeps_scalars_in_fp32(trained: dict[str, Path], exported: dict
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-@pytest.mark.distributed
 def test_shards_hold_the_same_tensors(trained: dict[str, Path], exported: dict[str, Path], tmp_path: Path) -> None:
     limit = 100_000
     output = export(trained["apertus"], tmp_path / "hf", max_shard_bytes=limit, progress=False).output
@@ -275,7 +267,6 @@ def test_shards_hold_the_same_tensors(trained: dict[str, Path], exported: dict[s
     assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
 
 
-@pytest.mark.distributed
 def test_info(trained: dict[str, Path], command: Callable, capsys: pytest.CaptureFixture) -> None:
     assert command(["info", str(trained["apertus"])]) == 0
     text = capsys.readouterr().out
@@ -288,7 +279,6 @@ def test_info(trained: dict[str, Path], command: Callable, capsys: pytest.Captur
         assert part in text
 
 
-@pytest.mark.distributed
 def test_check_scalars(trained: dict[str, Path], tmp_path: Path) -> None:
     check_scalars(trained["apertus"], "xielu")
     check_scalars(trained["llama"], "swiglu")
@@ -322,7 +312,6 @@ def with_arguments(source: Path, target: Path, **changes: object) -> Path:
     return target
 
 
-@pytest.mark.distributed
 def test_bad_input_is_one_line_and_code_2(
     trained: dict[str, Path],
     exported: dict[str, Path],
@@ -363,6 +352,7 @@ def test_bad_input_is_one_line_and_code_2(
         (["export", "--load", good, "--output", str(tmp_path / "file" / "hf")], "a place to write to"),
         (["verify", "--load", good, "--hf", str(tmp_path / "empty")], "config.json"),
         (["verify", "--load", good, "--hf", str(exported["apertus"]), "--text", str(tmp_path / "none")], "--text"),
+        (["verify", "--load", good, "--hf", str(exported["apertus"]), "--text", __file__], "expected a tokenizer in"),
         (["info", str(tmp_path / "none")], "got nothing"),
         ([], "{export,verify,info}"),
     ]
@@ -373,7 +363,6 @@ def test_bad_input_is_one_line_and_code_2(
         assert not output.parent.exists()
 
 
-@pytest.mark.distributed
 def test_overwrite_and_failure_leave_whole_folders(
     trained: dict[str, Path], exported: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,9 +40,13 @@ def open_tokenizer(folder: str) -> Any:
 
 
 def token_windows(request: dict[str, Any], tokenizer: Any, vocab_size: int) -> torch.Tensor:
-    """Token ids (windows, length): of the text if there is a tokenizer, else uniform ones from a fixed seed."""
+    """Token ids (windows, length): of the text, or uniform ones from a fixed seed without text."""
     windows, length = request["windows"], request["length"]
-    if request["text"] is None or tokenizer is None:
+    if request["text"] is not None and tokenizer is None:
+        raise SystemExit(
+            "--text: expected a tokenizer in the folder, got none: export with --tokenizer, or leave out --text"
+        )
+    if request["text"] is None:
         return torch.randint(vocab_size, (windows, length), generator=torch.Generator().manual_seed(0))
     ids = tokenizer(request["text"], add_special_tokens=False)["input_ids"][: windows * length]
     if not ids:

@@ -19,6 +19,7 @@ def describe(checkpoint: MegatronCheckpoint) -> str:
     activation = trained_activation(args)
     tensors = checkpoint.keys()
     parameters = sum(torch.Size(each.shape).numel() for each in tensors.values())
+    width = max(map(len, tensors), default=6)
     lines = [
         f"{checkpoint.path}",
         f"iteration    {checkpoint.iteration}",
@@ -27,11 +28,11 @@ def describe(checkpoint: MegatronCheckpoint) -> str:
         f"parameters   {parameters:,} (vocabulary padding included)",
         f"activation   {activation}, scalars: {', '.join(scalar_names(checkpoint)) or 'none'}",
         f"exports as   {_destination(args, activation)}",
-        *("", f"{'tensor':<56} {'shape':<24} {'dtype':<10} chunks"),
+        *("", f"{'tensor':<{width}} {'shape':<24} {'dtype':<10} chunks"),
     ]
     for name, info in tensors.items():
         dtype = str(info.dtype).removeprefix("torch.")
-        lines.append(f"{name:<56} {'x'.join(map(str, info.shape)):<24} {dtype:<10} {checkpoint.chunks(name)}")
+        lines.append(f"{name:<{width}} {'x'.join(map(str, info.shape)):<24} {dtype:<10} {checkpoint.chunks(name)}")
     return "\n".join(lines + _scalar_table(checkpoint))
 
 

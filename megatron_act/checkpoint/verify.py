@@ -50,7 +50,7 @@ def verify_all(
 
     Args:
         pairs: Megatron's save folder (or an ``iter_XXXXXXX`` folder) and the exported folder.
-        text: what to run through both; None, or a folder without tokenizer, means random tokens of a fixed seed.
+        text: what to run through both, by the export's tokenizer; None means random tokens of a fixed seed.
         prompt: start of the generated text (without a tokenizer: the first 8 tokens).
         windows: how many sequences to compare.
         length: tokens in each, cut to the model's ``max_position_embeddings``.
