@@ -1,76 +1,105 @@
-"""The face of the kernels: :func:`names`, :func:`get`, :func:`apply` and the types Activation and Param.
+"""The face of the kernels: :func:`names`, :func:`get`, :func:`apply`, :func:`backward`, Activation and Param.
 
 from megatron_act.kernels import api as kernels
 y = kernels.apply("xielu", x, (alpha_p, alpha_n))
+y = kernels.apply("silu", gate_and_up, gated=True)  # SwiGLU
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_act.kernels.checks import KERNEL_DTYPES, check_arguments, check_gradient, check_triton
 from megatron_act.kernels.registry import get, names
 from megatron_act.kernels.spec import Activation, Param
 
-__all__ = ["BACKENDS", "Activation", "Param", "apply", "get", "names"]
+__all__ = ["BACKENDS", "Activation", "Gradients", "Param", "apply", "backward", "get", "names"]
 
 BACKENDS = ("auto", "triton", "reference")
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Gradients(NamedTuple):
+    """What :func:`backward` returns; ``y`` is the forward value, computed again."""
+
+    dx: Tensor
+    dparams: tuple[Tensor, ...]
+    dbias: Tensor | None
+    dweights: Tensor | None
+    y: Tensor
 
 
 def apply(
-    name: str, x: Tensor, params: Sequence[Tensor] = (), *, bias: Tensor | None = None, backend: str = "auto"
-) -> Tensor:
-    """f(x + bias), differentiable in x, params and bias; same shape and dtype as x.
+    name: str, x: Tensor, params: Sequence[Tensor] = (), *,
+    bias: Tensor | None = None, weights: Tensor | None = None, gated: bool = False, backend: str = "auto",
+) -> Tensor:  # fmt: skip
+    """f(x + bias) times the row's weight, differentiable in x, params, bias and weights; in x's dtype, contiguous.
 
     x: float tensor of any shape and stride. params: raw parameters in the order of ``get(name).params``, each of shape
-    (1,) and any float dtype. bias: shape ``x.shape[-1:]``, broadcast over the other dimensions.
+    (1,) and any float dtype. bias: shape ``x.shape[-1:]``, broadcast over the other dimensions. weights: one per row
+    (token of an expert), shape ``x.shape[:-1]`` or ``(*x.shape[:-1], 1)``.
+    gated: the last dimension of x is [gate | up], 2F wide; the result f(gate) up is F wide.
     backend: ``triton``; ``reference`` (torch); ``auto`` takes triton for CUDA tensors of fp32, bf16 or fp16 and the
     reference for all others. Arithmetic is fp32 (fp64 in the reference of an fp64 x).
 
     Raises ValueError (name, count, shape, device, backend) or TypeError (dtype, not a tensor).
     """
-    activation = get(name)
-    _check(activation, x, params, bias)
+    check_arguments(get(name), x, params, bias, weights, gated)
     if _backend(backend, x) == "triton":
         from megatron_act.kernels.ops import activation_op  # not needed by the reference
 
-        return activation_op(x, list(params), bias, name)
-    if bias is None:
-        return activation.reference(x, *params)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return activation.reference(x.to(wide) + bias.to(wide), *params).to(x.dtype)
+        return activation_op(x, list(params), bias, weights, name, gated)
+    return _reference(name, x, params, bias, weights, gated)
 
 
-def _check(activation: Activation, x: Tensor, params: Sequence[Tensor], bias: Tensor | None) -> None:
-    wanted = [p.name for p in activation.params]
-    if isinstance(params, Tensor) or len(params) != len(wanted):
-        got = "one tensor" if isinstance(params, Tensor) else f"{len(params)}"
-        raise ValueError(
-            f"{activation.name}: expected {len(wanted)} parameters ({', '.join(wanted) or 'none'}), got {got}; "
-            "pass a sequence of raw tensors of shape (1,)"
-        )
-    _check_float("x", x)
-    for label, param in zip(wanted, params, strict=True):
-        _check_float(label, param)
-        _check_place(label, param, (1,), x, "a raw parameter has one element, e.g. torch.full((1,), 0.2)")
-    if bias is not None:
-        _check_float("bias", bias)
-        _check_place("bias", bias, tuple(x.shape[-1:]), x, "it has one element per column of x")
+def backward(
+    name: str, grad: Tensor, x: Tensor, params: Sequence[Tensor] = (), *,
+    bias: Tensor | None = None, weights: Tensor | None = None, gated: bool = False, backend: str = "auto",
+) -> Gradients:  # fmt: skip
+    """All gradients of :func:`apply` for the incoming ``grad``, and its value again, in one pass over x.
+
+    For a caller that keeps x only and needs y in its own backward (fc2's weight gradient). Nothing is recorded by
+    autograd. Arguments and errors as for :func:`apply`; ``grad`` has the shape and dtype of its result.
+    """
+    check_arguments(get(name), x, params, bias, weights, gated)
+    check_gradient(grad, x, gated)
+    if _backend(backend, x) == "triton":
+        from megatron_act.kernels.ops import activation_backward_op
+
+        with torch.no_grad():
+            results = activation_backward_op(grad, x, list(params), bias, weights, name, gated, True)
+        return _gradients(results[:-1], len(params), bias, weights, results[-1])
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *params, bias, weights)]
+    with torch.enable_grad():
+        y = _reference(name, leaves[0], leaves[1:-2], leaves[-2], leaves[-1], gated)  # type: ignore[arg-type]
+    results = list(torch.autograd.grad(y, [t for t in leaves if t is not None], grad))
+    return _gradients(results, len(params), bias, weights, y.detach())
 
 
-def _check_float(label: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{label}: expected a tensor, got {type(tensor).__name__}; convert it with torch.tensor")
-    if not tensor.dtype.is_floating_point or tensor.dtype.itemsize < 2:
-        raise TypeError(f"{label}: expected a float tensor of 16 bits or more, got {tensor.dtype}; cast it")
+def _gradients(
+    found: list[Tensor], count: int, bias: Tensor | None, weights: Tensor | None, y: Tensor
+) -> Gradients:  # fmt: skip
+    rest = iter(found[1 + count :])
+    dbias, dweights = (None if t is None else next(rest) for t in (bias, weights))
+    return Gradients(found[0], tuple(found[1 : 1 + count]), dbias, dweights, y)
 
 
-def _check_place(label: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, hint: str) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{label}: expected shape {shape}, got {tuple(tensor.shape)}; {hint}")
-    if tensor.device != x.device:
-        raise ValueError(f"{label}: expected device {x.device} (that of x), got {tensor.device}; move it there")
+def _reference(
+    name: str, x: Tensor, params: Sequence[Tensor], bias: Tensor | None, weights: Tensor | None, gated: bool
+) -> Tensor:
+    """The formula of :func:`apply` by torch, in at least fp32, rounded once."""
+    dtype, wide = x.dtype, torch.promote_types(x.dtype, torch.float32)
+    x = x.to(wide) if bias is None else x.to(wide) + bias.to(wide)
+    up = None
+    if gated:
+        x, up = x.chunk(2, -1)
+    y = get(name).reference(x, *params)
+    if up is not None:
+        y = y * up
+    if weights is not None:
+        y = y * weights.to(wide).reshape(*x.shape[:-1], 1)
+    return y.to(dtype).contiguous()
 
 
 def _backend(backend: str, x: Tensor) -> str:
@@ -79,17 +108,5 @@ def _backend(backend: str, x: Tensor) -> str:
     if backend == "auto":
         return "triton" if x.is_cuda and x.dtype in KERNEL_DTYPES else "reference"
     if backend == "triton":
-        _check_triton(x)
+        check_triton(x)
     return backend
-
-
-def _check_triton(x: Tensor) -> None:
-    from megatron_act.kernels.ops import INTERPRETED
-
-    if x.dtype not in KERNEL_DTYPES:
-        raise TypeError(f"x: backend 'triton' expects float32, bfloat16 or float16, got {x.dtype}; use 'reference'")
-    if not x.is_cuda and not INTERPRETED:
-        raise ValueError(
-            f"x: backend 'triton' expects a CUDA tensor, got device {x.device}; use 'auto' or 'reference', "
-            "or set TRITON_INTERPRET=1 before Python starts to run the kernels in Triton's interpreter"
-        )

@@ -11,116 +11,148 @@ from megatron_act.kernels.template import bwd_kernel, fwd_kernel
 
 INTERPRETED = not isinstance(fwd_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at the first import
 BLOCK = 1024  # columns of a program: 8 elements (16 bytes of bf16) for each of 128 threads
-BACKWARD_ROWS = 16  # rows that a backward program sums: 16 terms a lane keep fp32 sums within 1e-6 (tests)
 WARPS = 4
+FORWARD_ROWS = 8  # rows of a program: softplus of the parameters once for 64 elements of a thread
+BACKWARD_ROWS = 16  # 16 terms a lane keep fp32 sums within 1e-6 of the sum of absolute terms
+SMALL = 1 << 20  # elements; below, a GPU is not full: more and shorter programs
+LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # Triton's default for fusion changes from 3.10 on
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as [rows, cols] with contiguous rows; copies only where no such view exists."""
-    cols = x.shape[-1] if x.ndim else 1
-    if x.ndim and x.stride(-1) == 1:
-        try:
-            return x.view(-1, cols)
-        except RuntimeError:  # leading dimensions that no single stride describes
-            pass
-    return x.contiguous().view(-1, cols)
+class _View:
+    """How the template sees x: its rows and columns, and the tensors' row strides."""
+
+    def __init__(self, x: Tensor, others: tuple[Tensor, ...], gated: bool, whole_rows: bool, rows_each: int):
+        width = x.shape[-1] if x.ndim else 1
+        self.n = x.numel() // (2 if gated else 1)
+        self.flat = not (gated or whole_rows) and all(t.is_contiguous() for t in (x, *others))
+        self.cols = BLOCK if self.flat else width // (2 if gated else 1)
+        self.rows_each = max(1, rows_each // 8) if self.n < SMALL else rows_each
+        self.grid = (triton.cdiv(triton.cdiv(self.n, self.cols), self.rows_each), triton.cdiv(self.cols, BLOCK))
+
+    def of(self, tensor: Tensor) -> tuple[Tensor, int]:
+        """(tensor with contiguous rows, their stride in elements); copies only where no such view exists."""
+        if self.flat:
+            return tensor, self.cols
+        width = tensor.shape[-1] if tensor.ndim else 1
+        if tensor.ndim and tensor.stride(-1) == 1:
+            try:
+                view = tensor.view(-1, width)
+                return view, view.stride(0)
+            except RuntimeError:  # leading dimensions that no single stride describes
+                pass
+        return tensor.contiguous().view(-1, width), width
 
 
-def _flat(*tensors: Tensor) -> bool:
-    return all(t.is_contiguous() for t in tensors)
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
-def _layout(x: Tensor, flat: bool) -> tuple[int, int]:
-    """(rows, cols) of the template's view of x."""
-    if flat:
-        return triton.cdiv(x.numel(), BLOCK), BLOCK
-    cols = x.shape[-1] if x.ndim else 1
-    return x.numel() // cols, cols
-
-
-def _constraints(params: list[Tensor], name: str) -> dict[str, Any]:
+def _constants(name: str, gated: bool) -> dict[str, Any]:
     spec = registry.get(name).params
-    return {
-        "P": tuple(params),
-        "SOFTPLUS": tuple(p.constrain == "softplus" for p in spec),
-        "OFFSET": tuple(p.offset for p in spec),
-    }
+    soft, offset = tuple(p.constrain == "softplus" for p in spec), tuple(p.offset for p in spec)
+    return {"FWD": registry.get(name).fwd, "SOFTPLUS": soft, "OFFSET": offset, "GATED": gated, "BLOCK": BLOCK, **LAUNCH}
+
+
+def _value_like(x: Tensor, gated: bool) -> Tensor:
+    shape = (*x.shape[:-1], x.shape[-1] // 2) if gated else x.shape
+    return torch.empty(shape, dtype=x.dtype, device=x.device)
 
 
 @torch.library.custom_op("megatron_act::activation", mutates_args=())
-def activation_op(x: Tensor, params: list[Tensor], bias: Tensor | None, name: str) -> Tensor:
-    """y = f(x + bias), contiguous, in x's dtype."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
+def activation_op(
+    x: Tensor, params: list[Tensor], bias: Tensor | None, weights: Tensor | None, name: str, gated: bool
+) -> Tensor:
+    """y of the template, contiguous, in x's dtype."""
+    y = _value_like(x, gated)
+    if y.numel() == 0:
         return y
-    flat = bias is None and _flat(x)
-    rows, cols = _layout(x, flat)
-    view = x if flat else _rows(x)
+    bias, weights = _dense(bias), _dense(weights)
+    view = _View(x, (), gated, bias is not None or weights is not None, FORWARD_ROWS)
+    rows, stride = view.of(x)
     with torch.cuda.device_of(x):
-        fwd_kernel[(rows, triton.cdiv(cols, BLOCK))](
-            view, bias, y, cols=cols, n=x.numel(), stride=cols if flat else view.stride(0),
-            FN=registry.get(name).fwd, HAS_BIAS=bias is not None, BLOCK=BLOCK, ROWS=1, num_warps=WARPS,
-            **_constraints(params, name),
+        fwd_kernel[view.grid](
+            rows, bias, weights, y, P=tuple(params), cols=view.cols, n=view.n, stride=stride,
+            ROWS=view.rows_each, **_constants(name, gated),
         )  # fmt: skip
     return y
 
 
 @activation_op.register_fake
-def _(x: Tensor, params: list[Tensor], bias: Tensor | None, name: str) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+def _(x: Tensor, params: list[Tensor], bias: Tensor | None, weights: Tensor | None, name: str, gated: bool) -> Tensor:
+    return _value_like(x, gated)
 
 
 @torch.library.custom_op("megatron_act::activation_backward", mutates_args=())
 def activation_backward_op(
-    grad: Tensor, x: Tensor, params: list[Tensor], bias: Tensor | None, name: str
-) -> list[Tensor]:
-    """[dx, each parameter's gradient, dbias if there is a bias]; parameters' and bias' in their own dtype."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return [dx, *(torch.zeros_like(p) for p in params), *([] if bias is None else [torch.zeros_like(bias)])]
-    flat = bias is None and _flat(x, grad)
-    rows, cols = _layout(x, flat)
-    vx, vg = (x, grad) if flat else (_rows(x), _rows(grad))
-    grid = (triton.cdiv(rows, BACKWARD_ROWS), triton.cdiv(cols, BLOCK))
-    partial = x.new_empty((len(params), grid[0] * grid[1]), dtype=torch.float32)
-    dbias = None if bias is None else x.new_empty((grid[0], cols), dtype=torch.float32)
+    grad: Tensor, x: Tensor, params: list[Tensor], bias: Tensor | None, weights: Tensor | None,
+    name: str, gated: bool, value: bool,
+) -> list[Tensor]:  # fmt: skip
+    """[dx, each parameter's gradient, dbias?, dweights?, y?]: each in its tensor's dtype, y with ``value``."""
+    outputs = _gradient_outputs(x, params, bias, weights, gated, value)
+    if grad.numel() == 0:
+        return [t.zero_() for t in outputs]
+    bias, weights = _dense(bias), _dense(weights)
+    view = _View(x, (grad,), gated, bias is not None or weights is not None, BACKWARD_ROWS)
+    (vx, stride_x), (vg, stride_g) = view.of(x), view.of(grad)
+    fp32 = x.new_empty((), dtype=torch.float32)
+    partial = fp32.new_empty((len(params), view.grid[0] * view.grid[1]))
+    dbias = None if bias is None else fp32.new_empty((view.grid[0], bias.numel()))
+    dweights = None if weights is None else fp32.new_empty((view.grid[1], weights.numel()))
     with torch.cuda.device_of(x):
-        bwd_kernel[grid](
-            vx, bias, vg, dx, PARTIAL=partial, DBIAS=dbias, cols=cols, n=x.numel(),
-            stride_x=cols if flat else vx.stride(0), stride_g=cols if flat else vg.stride(0),
-            FN=registry.get(name).bwd, HAS_BIAS=bias is not None, BLOCK=BLOCK, ROWS=BACKWARD_ROWS, num_warps=WARPS,
-            **_constraints(params, name),
+        bwd_kernel[view.grid](
+            vx, bias, weights, vg, outputs[0], outputs[-1] if value else None, P=tuple(params),
+            PARTIAL=partial, DBIAS=dbias, DW=dweights, cols=view.cols, n=view.n, stride_x=stride_x, stride_g=stride_g,
+            BWD=registry.get(name).bwd, ROWS=view.rows_each, **_constants(name, gated),
         )  # fmt: skip
-    sums = partial.sum(1, dtype=torch.float64)
-    dparams = [_raw_gradient(spec, s, p) for spec, s, p in zip(registry.get(name).params, sums, params, strict=True)]
-    if bias is None or dbias is None:
-        return [dx, *dparams]
-    return [dx, *dparams, dbias.sum(0, dtype=torch.float64).to(bias.dtype)]
+    totals = _raw_sums(name, partial, params)
+    totals += [t.sum(0, dtype=torch.float64) for t in (dbias, dweights) if t is not None]
+    for out, total in zip(outputs[1:], totals, strict=False):  # y, where wanted, is already written
+        out.copy_(total.reshape(out.shape))
+    return outputs
 
 
-def _raw_gradient(spec: Any, total: Tensor, raw: Tensor) -> Tensor:
-    """dL/draw of shape (1,) from dL/d(effective): the constraint's derivative, once, after the sum."""
-    scale = torch.sigmoid(raw.double()) if spec.constrain == "softplus" else 1.0
-    return (total * scale).reshape(1).to(raw.dtype)
+def _gradient_outputs(
+    x: Tensor, params: list[Tensor], bias: Tensor | None, weights: Tensor | None, gated: bool, value: bool
+) -> list[Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    like = [t for t in (*params, bias, weights) if t is not None]
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
+    return [dx, *grads, *([_value_like(x, gated)] if value else [])]
+
+
+def _raw_sums(name: str, partial: Tensor, params: list[Tensor]) -> list[Tensor]:
+    """dL/draw of each parameter: fp64 sum of the partials, then the constraint's derivative, once."""
+    totals = partial.sum(1, dtype=torch.float64)
+    soft = [p.constrain == "softplus" for p in registry.get(name).params]
+    chain = [torch.sigmoid(raw.double()).reshape(()) if s else 1.0 for s, raw in zip(soft, params, strict=True)]
+    return [total * c for total, c in zip(totals, chain, strict=True)]
 
 
 @activation_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, params: list[Tensor], bias: Tensor | None, name: str) -> list[Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return [dx, *(torch.empty_like(p) for p in params), *([] if bias is None else [torch.empty_like(bias)])]
+def _(
+    grad: Tensor, x: Tensor, params: list[Tensor], bias: Tensor | None, weights: Tensor | None,
+    name: str, gated: bool, value: bool,
+) -> list[Tensor]:  # fmt: skip
+    return _gradient_outputs(x, params, bias, weights, gated, value)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, params, bias, ctx.name = inputs
-    ctx.count, ctx.has_bias = len(params), bias is not None
-    ctx.save_for_backward(x, *params, *([bias] if ctx.has_bias else []))
+    x, params, bias, weights, ctx.name, ctx.gated = inputs
+    ctx.count, ctx.has_bias, ctx.has_weights = len(params), bias is not None, weights is not None
+    ctx.save_for_backward(x, *params, *(t for t in (bias, weights) if t is not None))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
-    params, bias = rest[: ctx.count], rest[-1] if ctx.has_bias else None
-    dx, *others = activation_backward_op(grad, x, params, bias, ctx.name)
-    return dx, others[: ctx.count], others[-1] if ctx.has_bias else None, None
+    params, bias, weights = _split(ctx, rest)
+    dx, *others = activation_backward_op(grad, x, params, bias, weights, ctx.name, ctx.gated, False)
+    return dx, *_split(ctx, others), None, None
+
+
+def _split(ctx: Any, tensors: list[Tensor]) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """(per parameter, for the bias, for the weights)"""
+    rest = iter(tensors[ctx.count :])
+    return tensors[: ctx.count], next(rest) if ctx.has_bias else None, next(rest) if ctx.has_weights else None
 
 
 activation_op.register_autograd(_backward, setup_context=_setup_context)

@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_act.kernels.spec import Activation
 
 HERE = Path(__file__).parent
-INFRASTRUCTURE = {"api", "device_math", "gates", "ops", "registry", "spec", "template"}
+INFRASTRUCTURE = {"api", "checks", "device_math", "gates", "ops", "registry", "spec", "template"}
 
 
 @functools.cache

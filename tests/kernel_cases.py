@@ -52,3 +52,15 @@ def relative(got: Tensor, want: Tensor, scale: Tensor) -> Tensor:
     """|got - want| / scale in float64; 0 where both agree, infinite where they do not and scale is 0."""
     error = (got.double().cpu() - want).abs()
     return torch.where(error == 0, 0.0, error / scale)
+
+
+def absolute_terms(name: str, x: Tensor, g: Tensor, params: list[Tensor], bias: Tensor | None) -> list[Tensor]:
+    """Sum of |terms| of every parameter gradient and of dbias, by the reference: the scale of a sum's error."""
+    z = x.double() if bias is None else x.double() + bias.double()
+    spec = kernels.get(name)
+    raw = [p.detach().double() for p in params]
+    effective = [s.constrained(r, torch.float64) for s, r in zip(spec.params, raw, strict=True)]
+    dx, terms = spec.torch_bwd(z, g.double(), *effective)
+    chain = [torch.sigmoid(r) if s.constrain == "softplus" else 1.0 for s, r in zip(spec.params, raw, strict=True)]
+    sums = [(t * c).abs().sum().reshape(1) for t, c in zip(terms, chain, strict=True)]
+    return [*sums, *([] if bias is None else [dx.abs().reshape(-1, x.shape[-1]).sum(0)])]

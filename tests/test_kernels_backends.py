@@ -5,7 +5,7 @@ On a machine without a GPU the kernels run in Triton's interpreter, which trunca
 
 import pytest
 import torch
-from kernel_cases import DEVICE, needs_gpu, shifted_params
+from kernel_cases import DEVICE, absolute_terms, needs_gpu, shifted_params
 
 from megatron_act.kernels import api as kernels
 
@@ -44,18 +44,6 @@ def run(name, x, g, params, bias, backend):
     bias = None if bias is None else bias.detach().requires_grad_()
     y = kernels.apply(name, x, params, bias=bias, backend=backend)
     return [y, *torch.autograd.grad(y, [x, *params, *([] if bias is None else [bias])], g)]
-
-
-def absolute_terms(name, x, g, params, bias):
-    """Sum of |terms| of every parameter gradient and of dbias, by the reference: the scale of a sum's error."""
-    z = x.double() if bias is None else x.double() + bias.double()
-    spec = kernels.get(name)
-    raw = [p.detach().double() for p in params]
-    effective = [s.constrained(r, torch.float64) for s, r in zip(spec.params, raw, strict=True)]
-    dx, terms = spec.torch_bwd(z, g.double(), *effective)
-    chain = [torch.sigmoid(r) if s.constrain == "softplus" else 1.0 for s, r in zip(spec.params, raw, strict=True)]
-    sums = [(t * c).abs().sum().reshape(1) for t, c in zip(terms, chain, strict=True)]
-    return [*sums, *([] if bias is None else [dx.abs().reshape(-1, x.shape[-1]).sum(0)])]
 
 
 def compare(name, layout, dtype):

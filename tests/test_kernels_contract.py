@@ -106,7 +106,7 @@ def test_slope_at_zero_is_that_of_the_negative_branch(backend):
 def test_opcheck(name, with_bias):
     x = torch.randn(5, 40, device=DEVICE, requires_grad=True)
     bias = torch.randn(40, device=DEVICE, requires_grad=True) if with_bias else None
-    torch.library.opcheck(activation_op, (x, shifted_params(name), bias, name))
+    torch.library.opcheck(activation_op, (x, shifted_params(name), bias, None, name, False))
 
 
 def tensors(**changes):
