@@ -14,6 +14,7 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_act import optimizer_groups
 from megatron_act.kernels import api as kernels
 from megatron_act.mlp import ActivationMLP, ActivationMLPSubmodules, refuse_unsupported
 
@@ -43,6 +44,7 @@ def with_activation(
     """
     kernels.get(name)
     refuse_unsupported(config, name)
+    optimizer_groups.install()
     spec = copy.copy(spec)
     if hasattr(spec, "layer_specs"):
         spec.layer_specs = [

@@ -27,9 +27,10 @@ def values() -> list[float]:
 
 
 def weight_decay_of_scalars() -> list[float]:
-    """The weight-decay factor of every optimizer group that holds a (1,) parameter."""
-    groups = seen["optimizer"].param_groups
-    return [group["weight_decay"] for group in groups if any(p.numel() == 1 for p in group["params"])]
+    """The weight decay of every optimizer group that holds a (1,) parameter; such a group must hold nothing else."""
+    groups = [g for g in seen["optimizer"].param_groups if any(p.numel() == 1 for p in g["params"])]
+    assert all(p.numel() == 1 for group in groups for p in group["params"])
+    return [group["weight_decay"] for group in groups]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,70 @@
+"""The scalars in Megatron's optimizers: a parameter group of their own, without weight decay, that checkpoints in bf16.
+
+Under ``--bf16`` the scalars are the model's only fp32 parameters. Megatron-Core 0.19 cannot save an optimizer whose
+groups mix fp32 and bf16 parameters: the distributed optimizer reorders a mixed group but not its index
+(``distrib_optimizer.py``), and the plain one numbers its bf16 parameters only (``optimizer.py``,
+``Float16OptimizerWithFloat16Params.sharded_state_dict``). ``install`` repairs both, for any entry point: it is called
+when an ActivationMLP enters a layer spec.
+"""
+
+import functools
+from typing import Any
+
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer.optimizer_config import ParamKey
+
+SCALARS = ParamKey(name="*.activation_func.*")
+# Weight decay off by value too, not only by the rule for 1-D parameters; this also makes the group's identity, by which
+# Megatron pairs saved groups with current ones, differ from that of norms and biases.
+NO_DECAY = {"start_wd": 0.0, "end_wd": 0.0}
+
+_installed = False
+
+
+def config_overrides() -> dict[ParamKey, dict[str, float]]:
+    """For callers of ``megatron.core.optimizer.get_megatron_optimizer``: merge this into ``config_overrides``."""
+    return {SCALARS: dict(NO_DECAY)}
+
+
+def install() -> None:
+    """Gives the scalars their group in ``megatron.training``, repairs the plain bf16 optimizer's saving. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    _patch_config()
+    _patch_saving()
+
+
+def _patch_config() -> None:
+    """``megatron.training`` has no hook for parameter groups; it calls this function when it builds the optimizer."""
+    from megatron.training import training
+
+    original = training.get_megatron_optimizer_config
+
+    @functools.wraps(original)
+    def with_scalars(args: Any) -> Any:
+        config, overrides = original(args)
+        return config, {**(overrides or {}), **config_overrides()}
+
+    training.get_megatron_optimizer_config = with_scalars
+
+
+def _patch_saving() -> None:
+    original = Float16OptimizerWithFloat16Params.sharded_state_dict
+
+    @functools.wraps(original)
+    def with_fp32_groups(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """While the state is described, an fp32 parameter counts as its own fp32 copy; each group has one dtype."""
+        if self.is_stub_optimizer:
+            return original(self, *args, **kwargs)
+        kept = self.float16_groups, self.fp32_from_float16_groups
+        self.float16_groups, self.fp32_from_float16_groups = (
+            [group + fp32 for group, fp32 in zip(groups, self.fp32_from_fp32_groups, strict=True)] for groups in kept
+        )
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            self.float16_groups, self.fp32_from_float16_groups = kept
+
+    Float16OptimizerWithFloat16Params.sharded_state_dict = with_fp32_groups
