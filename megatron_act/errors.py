@@ -1,5 +1,6 @@
 """One way to fail: bad input is one line on standard error and exit code 2, with no traceback unless asked for."""
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -25,6 +26,9 @@ def run_cli(main: Callable[[], int | None], debug: bool = False) -> int:
         return main() or OK
     except UserError as error:
         return _report(str(error), BAD_INPUT, debug)
+    except BrokenPipeError:  # the reader of our output has left, as in `info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter still flushes at exit
+        return FAILED
     except KeyboardInterrupt:
         return _report("interrupted", FAILED, debug)
     except Exception as error:

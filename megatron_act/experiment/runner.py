@@ -120,6 +120,7 @@ def _start(words: list[str], log: int, layout: Layout, lock: int) -> subprocess.
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
     threads = str(layout.threads_per_rank)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+    env["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # Megatron insists on it with tensor parallelism before Blackwell
     # Its own session, so that Ctrl-C reaches this process only; the lock is held while torchrun lives, even without us.
     return subprocess.Popen(
         words,
