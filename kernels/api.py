@@ -21,13 +21,13 @@ BACKENDS = ("auto", "triton", "reference")
 
 
 class Gradients(NamedTuple):
-    """What :func:`backward` returns; ``y`` is the forward value, computed again."""
+    """What :func:`backward` returns; ``y`` is the forward value, computed again (None where it was not wanted)."""
 
     dx: Tensor
     dparams: tuple[Tensor, ...]
     dbias: Tensor | None
     dweights: Tensor | None
-    y: Tensor
+    y: Tensor | None
 
 
 def apply(
@@ -56,11 +56,12 @@ def apply(
 def backward(
     name: str, grad: Tensor, x: Tensor, params: Sequence[Tensor] = (), *,
     bias: Tensor | None = None, weights: Tensor | None = None, gated: bool = False, backend: str = "auto",
+    value: bool = True,
 ) -> Gradients:  # fmt: skip
-    """All gradients of :func:`apply` for the incoming ``grad``, and its value again, in one pass over x.
+    """All gradients of :func:`apply` for the incoming ``grad``, and with ``value`` y again, in one pass over x.
 
-    For a caller that keeps x only and needs y in its own backward (fc2's weight gradient). Nothing is recorded by
-    autograd. Arguments and errors as for :func:`apply`; ``grad`` has the shape and dtype of its result.
+    For a caller that keeps x only and does its own backward. Nothing is recorded by autograd. Arguments and errors as
+    for :func:`apply`; ``grad`` has the shape and dtype of its result.
     """
     check_arguments(get(name), x, params, bias, weights, gated)
     check_gradient(grad, x, gated)
@@ -68,17 +69,17 @@ def backward(
         from megatron_act.kernels.ops import activation_backward_op
 
         with torch.no_grad():
-            results = activation_backward_op(grad, x, list(params), bias, weights, name, gated, True)
-        return _gradients(results[:-1], len(params), bias, weights, results[-1])
+            results = activation_backward_op(grad, x, list(params), bias, weights, name, gated, value)
+        return _gradients(results, len(params), bias, weights, results[-1] if value else None)
     leaves = [None if t is None else t.detach().requires_grad_() for t in (x, *params, bias, weights)]
     with torch.enable_grad():
         y = _reference(name, leaves[0], leaves[1:-2], leaves[-2], leaves[-1], gated)  # type: ignore[arg-type]
     results = list(torch.autograd.grad(y, [t for t in leaves if t is not None], grad))
-    return _gradients(results, len(params), bias, weights, y.detach())
+    return _gradients(results, len(params), bias, weights, y.detach() if value else None)
 
 
 def _gradients(
-    found: list[Tensor], count: int, bias: Tensor | None, weights: Tensor | None, y: Tensor
+    found: list[Tensor], count: int, bias: Tensor | None, weights: Tensor | None, y: Tensor | None
 ) -> Gradients:  # fmt: skip
     rest = iter(found[1 + count :])
     dbias, dweights = (None if t is None else next(rest) for t in (bias, weights))

@@ -1,6 +1,6 @@
 """An activation of ``megatron_act.kernels`` as a Megatron module: one set of raw fp32 scalars per layer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
+from megatron_act import recompute
 from megatron_act.kernels import api as kernels
-from megatron_act.parallel import sum_gradients_over_group
+from megatron_act.parallel import GradientProbe, sum_gradients_over_group
 
 
 class TrainableActivation(MegatronModule):
@@ -18,8 +19,8 @@ class TrainableActivation(MegatronModule):
     Each scalar is a ``torch.nn.Parameter`` of shape (1,) in fp32, named as in the papers (xIELU: ``alpha_p``,
     ``alpha_n``), holding the raw value that the optimizer moves; softplus and offsets are applied in the kernel. Shape
     (1,) is what exempts it from Megatron's weight decay. It stays fp32 when the model is cast to bf16 or fp16: a bf16
-    scalar near 0.2 moves in steps of 0.001, more than an optimizer step. Its gradient is summed over the
-    tensor-parallel group inside the backward pass (``parallel.sum_gradients_over_group``).
+    scalar near 0.2 moves in steps of 0.001, more than an optimizer step. Its gradient is summed over ``tp_group`` inside
+    the backward pass, or after it where ``finalize.install`` has set ``sums_in_backward`` to False.
 
     Args:
         config: the layer's configuration.
@@ -27,6 +28,7 @@ class TrainableActivation(MegatronModule):
         init: effective initial values by parameter name; others take the paper's (``Param.init``).
         backend: ``auto``, ``triton`` or ``reference`` (``kernels.apply``).
         tp_group: the group over which the ffn dimension is split; None means Megatron's.
+        recompute: make a result that ``recompute.dropped_input`` can drop until the backward pass.
 
     Raises:
         ValueError: an unknown activation, parameter name or impossible effective value.
@@ -39,10 +41,14 @@ class TrainableActivation(MegatronModule):
         init: Mapping[str, float] | None = None,
         backend: str = "auto",
         tp_group: torch.distributed.ProcessGroup | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.activation = kernels.get(name)
         self.backend = backend
+        self.recompute = recompute
+        self.sums_in_backward = True
+        self.probe: GradientProbe | None = None  # set while the reductions are being checked
         self.layer_number = 0  # from 1, set by the layer that owns this MLP; telemetry sorts by it
         self.tp_group = get_tensor_model_parallel_group_if_none(tp_group)
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -50,18 +56,22 @@ class TrainableActivation(MegatronModule):
             tensor = torch.tensor([raw], dtype=torch.float32, device=device)
             self.register_parameter(param.name, torch.nn.Parameter(tensor))
 
-    def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, bias: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Applies the activation.
 
         Args:
             x: fc1's output, shape (..., ffn_hidden_size / tp), fp32, bf16 or fp16.
             bias: fc1's bias, shape (ffn_hidden_size / tp,), or None.
+            weights: one factor per token (an expert's router probabilities), shape ``x.shape[:-1]``, or None.
 
         Returns:
             A tensor of x's shape and dtype.
         """
         raw = sum_gradients_over_group(self.raw_scalars(), self.tp_group)
-        return kernels.apply(self.activation.name, x, raw, bias=bias, backend=self.backend)
+        apply = recompute.apply if self.recompute else kernels.apply
+        return apply(self.activation.name, x, raw, bias=bias, weights=weights, backend=self.backend)
 
     def raw_scalars(self) -> list[torch.Tensor]:
         """The raw scalars in the registry's order."""

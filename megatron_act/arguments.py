@@ -40,6 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         default="auto",
         help="auto: Triton kernels on a GPU, torch on a CPU",
     )
+    group.add_argument(
+        "--recompute-activation-function",
+        action="store_true",
+        help="keep the pre-activation only; the backward pass computes the activation again",
+    )
     group.add_argument("--cpu", action="store_true", help="train on the CPU with gloo (development and tests)")
     group.add_argument("--metrics-jsonl", metavar="FILE", help="write loss, scalars and speed of each logged step here")
     parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]

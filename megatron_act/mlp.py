@@ -7,6 +7,7 @@ import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_act import recompute
 from megatron_act.activation import TrainableActivation
 
 
@@ -17,6 +18,8 @@ class ActivationMLPSubmodules(MLPSubmodules):
     activation: str = "xielu"
     activation_init: dict[str, float] | None = None
     activation_backend: str = "auto"
+    activation_recompute: bool = False
+    own_scalars: bool = True  # False: whoever builds this MLP gives it an activation (experts that share one)
 
 
 class ActivationMLP(MLP):
@@ -31,27 +34,54 @@ class ActivationMLP(MLP):
 
     def __init__(self, config: TransformerConfig, submodules: ActivationMLPSubmodules, **kwargs: Any) -> None:
         refuse_unsupported(config, submodules.activation)
+        refuse_recompute(config, submodules)
         super().__init__(config=config, submodules=submodules, **kwargs)
-        self.activation_func = TrainableActivation(
-            config,
-            submodules.activation,
-            init=submodules.activation_init,
-            backend=submodules.activation_backend,
-            tp_group=self.tp_group,
-        )
+        if submodules.own_scalars:
+            self.activation_func = build_activation(config, submodules, self.tp_group)
 
     def forward(
         self, hidden_states: torch.Tensor, per_token_scale: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Runs the block on hidden states of shape (sequence, batch, hidden); returns (output, output bias or None)."""
-        if per_token_scale is not None:
-            raise ValueError("expected no per-token weights, got some: ActivationMLP does not serve routed experts yet")
+        """Runs the block.
+
+        Args:
+            hidden_states: shape (sequence, batch, hidden), or (tokens, hidden) for a routed expert.
+            per_token_scale: a routed expert's router probabilities, shape (tokens,); they weight the whole output.
+
+        Returns:
+            (output, output bias or None); with ``per_token_scale`` the bias is in the output already.
+        """
         x, bias = self.linear_fc1(hidden_states)
-        return self.linear_fc2(self.activation_func(x, bias))
+        y = self.activation_func(x, bias, per_token_scale)
+        with recompute.dropped_input(y):
+            output, output_bias = self.linear_fc2(y)
+        if per_token_scale is None or output_bias is None:
+            return output, output_bias
+        return output + (output_bias * per_token_scale.unsqueeze(-1)).to(output.dtype), None
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by Megatron's TransformerLayer with its number in the whole model, from 1."""
         self.activation_func.layer_number = layer_number
+
+
+def build_activation(
+    config: TransformerConfig, submodules: ActivationMLPSubmodules, tp_group: torch.distributed.ProcessGroup
+) -> TrainableActivation:
+    """The activation that ``submodules`` describes, for an ffn dimension that is split over ``tp_group``."""
+    return TrainableActivation(
+        config,
+        submodules.activation,
+        init=submodules.activation_init,
+        backend=submodules.activation_backend,
+        tp_group=tp_group,
+        recompute=submodules.activation_recompute,
+    )
+
+
+def refuse_recompute(config: TransformerConfig, submodules: ActivationMLPSubmodules) -> None:
+    """Raises ValueError where activation recompute cannot go with the configuration."""
+    if submodules.activation_recompute and (why := recompute.conflict(config)):
+        raise ValueError(why)
 
 
 def refuse_unsupported(config: TransformerConfig, activation: str) -> None:
@@ -59,13 +89,8 @@ def refuse_unsupported(config: TransformerConfig, activation: str) -> None:
     problems = (
         (config.gated_linear_unit, "a gated MLP", "remove --swiglu (and set --ffn-hidden-size to 1.5x the gated one)"),
         (config.use_te_activation_func, "Transformer Engine's activation", "remove --use-te-activation-func"),
-        (
-            config.num_moe_experts is not None,
-            "experts",
-            "remove --num-experts: mixture of experts is not supported yet",
-        ),
         (getattr(config, "use_kitchen", False), "kitchen layers", "remove --use-kitchen"),
     )
     for present, what, remedy in problems:
         if present:
-            raise ValueError(f"--activation {activation}: expected a plain dense MLP, got {what}: {remedy}")
+            raise ValueError(f"--activation {activation}: expected a plain MLP, got {what}: {remedy}")

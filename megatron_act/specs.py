@@ -26,6 +26,7 @@ def with_activation(
     *,
     init: Mapping[str, float] | None = None,
     backend: str = "auto",
+    recompute: bool = False,
 ) -> ModuleSpec:
     """A copy of a stock layer or block spec whose dense MLPs are ActivationMLPs with activation ``name``.
 
@@ -38,6 +39,7 @@ def with_activation(
         config: the configuration that the model will be built with.
         init: effective initial values of the scalars by name.
         backend: ``auto``, ``triton`` or ``reference``.
+        recompute: keep the pre-activation only (``--recompute-activation-function``).
 
     Raises:
         ValueError: a configuration or spec that cannot hold the activation.
@@ -48,17 +50,20 @@ def with_activation(
     spec = copy.copy(spec)
     if hasattr(spec, "layer_specs"):
         spec.layer_specs = [
-            with_activation(layer, name, config, init=init, backend=backend) for layer in spec.layer_specs
+            with_activation(layer, name, config, init=init, backend=backend, recompute=recompute)
+            for layer in spec.layer_specs
         ]
         return spec
     spec.submodules = copy.copy(spec.submodules)
-    spec.submodules.mlp = _with_activation_mlp(spec.submodules.mlp, name, init, backend)
+    spec.submodules.mlp = _with_activation_mlp(spec.submodules.mlp, name, init, backend, recompute)
     config.activation_func = _refusal(name)
     config.bias_activation_fusion = False  # Megatron's own fused kernels; ActivationMLP fuses the bias itself
     return spec
 
 
-def _with_activation_mlp(stock: Any, name: str, init: Mapping[str, float] | None, backend: str) -> partial:
+def _with_activation_mlp(
+    stock: Any, name: str, init: Mapping[str, float] | None, backend: str, recompute: bool
+) -> partial:
     if not (isinstance(stock, partial) and stock.func == MLP.as_mlp_submodule):
         raise ValueError(
             f"--activation {name}: expected Megatron's dense MLP in the layer spec, got {stock}: use the standard "
@@ -71,6 +76,7 @@ def _with_activation_mlp(stock: Any, name: str, init: Mapping[str, float] | None
         activation=name,
         activation_init=dict(init or {}),
         activation_backend=backend,
+        activation_recompute=recompute,
     )
     return partial(ActivationMLP.as_mlp_submodule, submodules=submodules)
 
@@ -84,7 +90,7 @@ def _refusal(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def layer_spec(
-    name: str, *, init: Mapping[str, float] | None = None, backend: str = "auto"
+    name: str, *, init: Mapping[str, float] | None = None, backend: str = "auto", recompute: bool = False
 ) -> Callable[..., ModuleSpec]:
     """A callable for Megatron's ``--spec`` (``GPTModelConfig.transformer_layer_spec``): stock layers, our MLP.
 
@@ -92,13 +98,14 @@ def layer_spec(
         name: a name of ``kernels.names()``.
         init: effective initial values of the scalars by name.
         backend: ``auto``, ``triton`` or ``reference``.
+        recompute: keep the pre-activation only (``--recompute-activation-function``).
     """
 
     def build(config: Any, vp_stage: int | None = None) -> ModuleSpec:
         from megatron.training.models.gpt import default_layer_spec
 
         stock = default_layer_spec(config, vp_stage)
-        return with_activation(stock, name, config.transformer, init=init, backend=backend)
+        return with_activation(stock, name, config.transformer, init=init, backend=backend, recompute=recompute)
 
     build.__name__ = name
     build.__doc__ = f"GPT layer spec with {name}: ``--spec megatron_act.specs {name}``."

@@ -15,7 +15,7 @@ from megatron.training import get_tokenizer, pretrain, print_rank_0, set_startup
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
-from megatron_act import arguments, cpu_backend, gpt_data, specs, telemetry
+from megatron_act import arguments, cpu_backend, gpt_data, recompute, specs, telemetry
 from megatron_act.activation import activations_of, raw_initial_values
 from megatron_act.checkpoint.scalars import check_scalars, trained_activation
 from megatron_act.errors import UserError
@@ -47,9 +47,12 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
     if args.activation:
         init = arguments.parse_init(args.activation_init)
         model_config.transformer_layer_spec = specs.layer_spec(
-            args.activation, init=init, backend=args.activation_backend
+            args.activation,
+            init=init,
+            backend=args.activation_backend,
+            recompute=args.recompute_activation_function,
         )
-        model_config.post_wrap_hooks.append(_announce)
+        model_config.post_wrap_hooks += [_announce, finalize.install]
     telemetry.install(args, model_config)
     pretrain(
         pretrain_cfg_container_from_args(args, model_config),
@@ -106,6 +109,7 @@ def check_arguments(args: Namespace) -> None:
             )
     _check_tokenizer(args)
     if args.activation is None:
+        _check_without_activation(args)
         return
     try:
         kernels.get(args.activation)
@@ -122,6 +126,11 @@ def _check_tokenizer(args: Namespace) -> None:
         raise UserError(f"--tokenizer-model: expected a file or folder, got {model}, which does not exist")
 
 
+def _check_without_activation(args: Namespace) -> None:
+    if args.recompute_activation_function:
+        raise UserError(f"{recompute.FLAG}: expected --activation NAME with it, got none: add it or remove the flag")
+
+
 def _check_layout(args: Namespace) -> None:
     gated = "remove it and set --ffn-hidden-size to 1.5x the gated one (tools/compute_match.py)"
     problems = (
@@ -135,6 +144,8 @@ def _check_layout(args: Namespace) -> None:
     for present, message in problems:
         if present:
             raise UserError(message)
+    if args.recompute_activation_function and (why := recompute.conflict(args)):
+        raise UserError(why)
     ffn, tp = args.ffn_hidden_size, args.tensor_model_parallel_size
     if ffn is not None and ffn % tp:
         raise UserError(f"--ffn-hidden-size: expected a multiple of --tensor-model-parallel-size {tp}, got {ffn}")

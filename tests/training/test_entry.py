@@ -51,4 +51,5 @@ def test_our_flags_are_frozen() -> None:
         "--config",
         "--cpu",
         "--metrics-jsonl",
+        "--recompute-activation-function",
     ]
