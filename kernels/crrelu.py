@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from megatron_act.kernels.device_math import clip_low, exp_half
 from megatron_act.kernels.spec import Activation, Param
 
 CUT = 40.0  # e^{-800} is 0 in float64: clamping x there changes no finite value and keeps inf * 0 out
@@ -22,7 +23,7 @@ def crrelu_fwd(x, p):
     """y in fp32; p = (eps,)."""
     (eps,) = p
     c = tl.minimum(tl.maximum(x, -40.0), 40.0)
-    return tl.where(x <= 0, 0.0, x) + eps * c * tl.exp(-0.5 * c * c)
+    return clip_low(x) + eps * c * exp_half(c * c)
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def crrelu_bwd(x, g, p):
     """(dx, (deps,)) in fp32."""
     (eps,) = p
     c = tl.minimum(tl.maximum(x, -40.0), 40.0)
-    t = tl.exp(-0.5 * c * c)
+    t = exp_half(c * c)
     dx = tl.where(x > 0, 1.0, 0.0) + eps * ((1.0 - c * c) * t)
     return g * dx, (g * (c * t),)
 

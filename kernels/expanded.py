@@ -35,13 +35,6 @@ def slope(x, d, alpha):
 
 
 @triton.jit
-def integrand(x, w, near, limit):
-    """x s(x): ``near`` up to ``limit``, a - 2 w beyond."""
-    a = tl.abs(x)
-    return tl.where(a <= limit, near, a - 2.0 * w)
-
-
-@triton.jit
 def xsilu_fwd(x, p):
     """y in fp32; p = (alpha,)."""
     w, _, _ = logistic(x)
@@ -51,8 +44,8 @@ def xsilu_fwd(x, p):
 @triton.jit
 def xsilu_bwd(x, g, p):
     """(dx, (dalpha,)) in fp32."""
-    w, d, near = logistic(x)
-    return g * slope(x, d, p[0]), (g * integrand(x, w, near, 0.7),)
+    _, d, xs = logistic(x)
+    return g * slope(x, d, p[0]), (g * xs,)
 
 
 @triton.jit
@@ -65,8 +58,8 @@ def xgelu_fwd(x, p):
 @triton.jit
 def xgelu_bwd(x, g, p):
     """(dx, (dalpha,)) in fp32."""
-    w, d, near = gaussian(x)
-    return g * slope(x, d, p[0]), (g * integrand(x, w, near, 0.7),)
+    _, d, xs = gaussian(x)
+    return g * slope(x, d, p[0]), (g * xs,)
 
 
 @triton.jit
@@ -79,8 +72,8 @@ def xatlu_fwd(x, p):
 @triton.jit
 def xatlu_bwd(x, g, p):
     """(dx, (dalpha,)) in fp32."""
-    w, d, near = cauchy(x)
-    return g * slope(x, d, p[0]), (g * integrand(x, w, near, 1.0),)
+    _, d, xs = cauchy(x)
+    return g * slope(x, d, p[0]), (g * xs,)
 
 
 def _activation(name: str, fwd, bwd, gate: TorchGate) -> Activation:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_act.kernels.device_math import exp_neg, relu
+from megatron_act.kernels.device_math import clip_low, exp_of
 from megatron_act.kernels.gates import GAUSSIAN, LOGISTIC, TANH, TorchGate, gaussian, logistic
 from megatron_act.kernels.spec import Activation
 
@@ -24,19 +24,19 @@ from megatron_act.kernels.spec import Activation
 @triton.jit
 def relu2_fwd(x, p):
     """max(0, x)^2."""
-    return relu(x) * relu(x)
+    return clip_low(x) * clip_low(x)
 
 
 @triton.jit
 def relu2_bwd(x, g, p):
     """(dx, ())."""
-    return (g * 2.0) * relu(x), ()
+    return (g * 2.0) * clip_low(x), ()
 
 
 @triton.jit
 def relu_fwd(x, p):
     """max(0, x)."""
-    return relu(x)
+    return clip_low(x)
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def relu_bwd(x, g, p):
 def gelu_fwd(x, p):
     """x Phi(x)."""
     w, _, _ = gaussian(x)
-    return relu(x) - w
+    return clip_low(x) - w
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def gelu_bwd(x, g, p):
 def silu_fwd(x, p):
     """x / (1 + e^-x)."""
     w, _, _ = logistic(x)
-    return relu(x) - w
+    return clip_low(x) - w
 
 
 @triton.jit
@@ -78,7 +78,7 @@ def tanh_gate(x):
     """(w, D) of the gate of gelu_tanh."""
     a = tl.minimum(tl.abs(x), 40.0)  # e^-v(40) = 0; keeps inf * 0 out
     z = a * a
-    t = exp_neg(a * (z * 0.07135481282553563 + 1.5957691216057308))
+    t = exp_of(-a * (z * 0.07135481282553563 + 1.5957691216057308))
     r = 1.0 / (1.0 + t)
     return a * (t * r), (t * r) * (1.0 - a * (z * 0.2140644384766069 + 1.5957691216057308) * r)
 
@@ -87,7 +87,7 @@ def tanh_gate(x):
 def gelu_tanh_fwd(x, p):
     """x / (1 + e^-v(x))."""
     w, _ = tanh_gate(x)
-    return relu(x) - w
+    return clip_low(x) - w
 
 
 @triton.jit

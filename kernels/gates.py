@@ -3,8 +3,8 @@
     logistic: gate = 1 / (1 + e^-x)    gaussian: gate = Phi(x)    cauchy: gate = arctan(x)/pi + 1/2
 
 Device, with a = |x|: x gate(x) = max(0, x) - w and its slope is D for x <= 0, 1 - D for x > 0, where w = a gate(-a) and
-D = dw/da. Each function returns (w, D, n); n = x s(x), s = 2 gate - 1, for small a, where a - 2 w would cancel.
-w and D are finite at a = inf.
+D = dw/da. Each function returns (w, D, x s(x)) with s = 2 gate - 1; for small a, where a - 2 w would cancel, the last
+has its own series. w and D are finite at a = inf. What an activation does not take is not compiled.
 
 Torch: a gate is a value, so that an activation takes only what it needs. No torch.where on the way: on a CPU it costs
 as much as five exponentials.
@@ -20,41 +20,45 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_act.kernels.device_math import atan_series, erf_series, exp_neg, mills, tanh_series
+from megatron_act.kernels.device_math import atan_series, erf_series, exp_half, exp_of, mills, tanh_series
 
 
 @triton.jit
 def logistic(x):
-    """(w, D, near) of the logistic gate; near holds for a^2 <= 0.5."""
+    """(w, D, x s) of the logistic gate."""
     a = tl.minimum(tl.abs(x), 200.0)  # e^-200 = 0; keeps inf * 0 out
-    t = exp_neg(a)
+    t = exp_of(-a)
     r = 1.0 / (1.0 + t)
-    return a * (t * r), (t * r) * (1.0 - a * r), a * a * tanh_series(a * a)
+    spread = tl.where(a <= 0.7, a * tanh_series(a * a), 1.0 - 2.0 * (t * r))
+    return a * (t * r), (t * r) * (1.0 - a * r), tl.abs(x) * spread
 
 
 @triton.jit
 def gaussian(x):
-    """(w, D, near) of the gaussian gate; near holds for a^2 <= 0.5."""
+    """(w, D, x s) of the gaussian gate."""
     a = tl.minimum(tl.abs(x), 40.0)
-    z = a * a
-    t = exp_neg(0.5 * z)
     q = mills(a)
-    return a * (t * q), t * (q - a * 0.3989422804014327), z * erf_series(z)
+    z = a * a
+    t = exp_half(z)
+    low = t * q  # Phi(-a)
+    spread = tl.where(z <= 0.49, a * erf_series(z), 1.0 - 2.0 * low)
+    return a * low, low - t * (a * 0.3989422804014327), tl.abs(x) * spread
 
 
 @triton.jit
 def cauchy(x):
-    """(w, D, near) of the arctan gate; near holds for a <= 1."""
+    """(w, D, x s) of the arctan gate."""
     a = tl.abs(x)
-    r = 1.0 / a
-    m = tl.minimum(a, r)
+    root = tl.rsqrt(a)
+    m = tl.minimum(a, root * root)  # min(a, 1/a)
     z = m * m
-    p = atan_series(z) * 0.3183098861837907
-    b = tl.minimum(a * a, 1.0) * p  # a atan(m) / pi
+    p = atan_series(z)
+    b = tl.minimum(a * a, 1.0) * p  # a atan(m) / pi, since a (1/a) = 1
     small = a <= 1.0
-    c = m * 0.3183098861837907 / (1.0 + z)  # a / (pi (1 + a^2))
+    root = tl.rsqrt(1.0 + z)
+    c = m * 0.3183098861837907 * root * root  # a / (pi (1 + a^2)); a squared root costs less than a division
     w = tl.where(small, 0.5 * a - b, b)
-    return w, tl.where(small, 0.5 - m * p, m * p) - c, 2.0 * b
+    return w, tl.where(small, 0.5 - m * p, m * p) - c, tl.where(small, 2.0 * b, a - 2.0 * b)
 
 
 @dataclass(frozen=True)

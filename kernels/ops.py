@@ -15,6 +15,8 @@ WARPS = 4
 FORWARD_ROWS = 8  # rows of a program: softplus of the parameters once for 64 elements of a thread
 BACKWARD_ROWS = 16  # 16 terms a lane keep fp32 sums within 1e-6 of the sum of absolute terms
 SMALL = 1 << 20  # elements; below, a GPU is not full: more and shorter programs
+
+
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # Triton's default for fusion changes from 3.10 on
 
 

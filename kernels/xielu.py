@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megatron_act.kernels.device_math import exp_neg, h_series
+from megatron_act.kernels.device_math import clip_low, exp_of, h_series
 from megatron_act.kernels.spec import BETA, Activation, Param, finite
 
 TERMS = 14  # of the series of h: 0.5^14 / 16! < 1e-17
@@ -22,24 +22,25 @@ TERMS = 14  # of the series of h: 0.5^14 / 16! < 1e-17
 
 @triton.jit
 def xielu_fwd(x, p):
-    """y in fp32; p = (a_p, a_n)."""
+    """y in fp32; p = (a_p, a_n). Both branches are added, each 0 on the other's side: no predicate is held."""
     a_p, a_n = p
-    near = x * (a_n * (x * h_series(x)) + 0.5)
-    far = a_n * exp_neg(-x) - ((a_n - 0.5) * x + a_n)  # not h: +inf, not NaN, at -inf
-    return tl.where(x > 0, x * (a_p * x + 0.5), tl.where(x > -1.0, near, far))
+    low, high = tl.minimum(x, 0.0), clip_low(x)
+    near = low * ((a_n * low) * h_series(low) + 0.5)
+    far = a_n * exp_of(low) - ((a_n - 0.5) * low + a_n)  # not h: +inf, not NaN, at -inf
+    return high * (a_p * high + 0.5) + tl.where(low > -1.0, near, far)
 
 
 @triton.jit
 def xielu_bwd(x, g, p):
     """(dx, (da_p, da_n)) in fp32."""
     a_p, a_n = p
-    square = x * x
-    t = exp_neg(-x)
-    near = square * h_series(x)
-    h = tl.where(x > -1.0, near, t - (x + 1.0))
-    slope = tl.where(x > -1.0, a_n * (x + near) + 0.5, a_n * t - (a_n - 0.5))
-    slope = tl.where(x > 0, tl.minimum(2.0 * a_p * x + 0.5, 3e38), slope)  # finite: inf * 0 is NaN
-    return g * slope, (tl.where(x > 0, (g * x) * x, 0.0), tl.where(x > 0, 0.0, g * h))
+    low, high = tl.minimum(x, 0.0), clip_low(x)
+    h = low * low * h_series(low)
+    e = exp_of(low) - 1.0
+    near = low > -1.0
+    gx = g * high
+    dx = gx * (2.0 * a_p) + g * (a_n * tl.where(near, low + h, e) + 0.5)
+    return dx, (gx * high, g * tl.where(near, h, e - low))
 
 
 def h(x: Tensor) -> Tensor:

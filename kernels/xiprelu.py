@@ -49,8 +49,8 @@ def power(u, r):
 def xiprelup_fwd(x, p):
     """y in fp32; p = (a_p, a_n, q)."""
     t, _ = power(tl.abs(x), p[2])
-    y = tl.where(x > 0, p[0], p[1]) * t + 0.5 * x
-    return tl.where(tl.abs(x) == float("inf"), tl.abs(x), y)
+    finite = tl.maximum(x, -3e38, propagate_nan=tl.PropagateNan.ALL)  # inf - inf at -inf otherwise
+    return tl.where(x > 0, p[0], p[1]) * t + 0.5 * finite
 
 
 @triton.jit
