@@ -59,6 +59,7 @@ setup(
         "numpy",  # token ids and the report's arithmetic
         "pyyaml",  # --config
         "tqdm",  # progress bars
+        "typing_extensions",  # typing.override on Python 3.11, which megatron-core imports
         *ACTIVE,
     ],
     extras_require={

@@ -22,13 +22,16 @@ command -v "$python" >/dev/null || fail "expected a Python interpreter, got none
   fail "expected Python 3.11 or newer, got $("$python" --version 2>&1): set PYTHON"
 command -v c++ >/dev/null || fail "expected a C++ compiler (c++), got none: megatron-core builds a small extension"
 
-# A change of the requirements or of the interpreter makes a new environment; anything else reuses it.
+# A finished environment for the same requirements and interpreter is left alone; another interpreter needs a new one.
 want="$(cat "$root/setup.py" "$root/launch/setup_env.sh" | cksum) $("$python" --version 2>&1)"
 if [[ -f "$stamp" && "$(cat "$stamp")" == "$want" ]]; then
   exit 0
 fi
 
 echo "setting up $venv (once; a few minutes)"
+if [[ -x "$venv/bin/python" && "$("$venv/bin/python" --version 2>&1)" != "$("$python" --version 2>&1)" ]]; then
+  rm -rf "$venv"
+fi
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 

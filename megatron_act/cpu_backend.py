@@ -21,22 +21,14 @@ import torch
 import torch.cuda.random
 from torch.overrides import TorchFunctionMode
 
-from megatron_act.compat import install_typing_override
+from megatron_act import cpu_optimizer
+from megatron_act.compat import LOCAL_LAYER_FLAGS, install_typing_override
 
 ENVIRONMENT_FLAG = "MEGATRON_ACT_CPU"
 NOTICE = "megatron-act: CPU backend (gloo, local layers): for development and tests, not for speed"
 
-# What Megatron must be told on a machine without CUDA: Transformer Engine, NCCL, apex and the fused kernels need it.
-# CPU initialization also gives the same weights whatever the tensor-parallel size.
-FLAGS = (
-    *("--transformer-impl", "local"),
-    *("--distributed-backend", "gloo"),
-    "--use-cpu-initialization",
-    "--no-rope-fusion",
-    "--no-gradient-accumulation-fusion",
-    "--no-persist-layer-norm",
-    "--no-masked-softmax-fusion",
-)
+# What Megatron must be told on a machine without CUDA.
+FLAGS = (*LOCAL_LAYER_FLAGS, "--distributed-backend", "gloo", "--use-cpu-initialization")
 
 _CPU = torch.device("cpu")
 _installed = False
@@ -52,6 +44,9 @@ class _NoStream:
         if name.startswith("__"):
             raise AttributeError(name)
         return lambda *args, **kwargs: None
+
+    def record_event(self) -> "_NoStream":
+        return self  # the token dispatcher of experts waits for it
 
     def __enter__(self) -> "_NoStream":
         return self
@@ -125,12 +120,29 @@ def _patch_streams_and_types() -> None:
         setattr(cuda, name, getattr(torch, name))
 
 
+def _keep_in_backward(mode: TorchFunctionMode) -> None:
+    """``backward()`` is itself sent to the mode, which is off meanwhile; Megatron's own backward functions need it."""
+    run: Any = torch.autograd._engine_run_backward
+
+    def run_with_mode(*args: Any, **kwargs: Any) -> Any:
+        with mode:
+            return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_with_mode  # type: ignore[attr-defined]
+
+
+def _host_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Megatron's ``maybe_move_tensor_to_cpu`` for tensors that are there: it converts CUDA tensors only."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
 def _patch_megatron() -> None:
-    import megatron.core.datasets.utils as dataset_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.training as training
 
-    dataset_utils.compile_helpers = _noop  # the wheel ships the extension built, without the Makefile
+    token_dispatcher.maybe_move_tensor_to_cpu = _host_splits  # all_to_all takes split sizes as a list or array only
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    cpu_optimizer.install()
 
 
 @contextlib.contextmanager
@@ -159,7 +171,9 @@ def install() -> None:
     _patch_device_queries()
     _patch_random()
     _patch_streams_and_types()
-    _CudaMeansCpu().__enter__()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _keep_in_backward(mode)
     os.environ[ENVIRONMENT_FLAG] = "1"
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small fusions costs 10 s of start-up
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism

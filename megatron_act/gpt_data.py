@@ -10,6 +10,7 @@ from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.object_storage_utils import is_object_storage_path
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
@@ -17,7 +18,7 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_l
 from megatron_act.errors import UserError
 from megatron_act.gpt_step import has_mtp
 
-SAMPLED_TOKENS = 1_000_000  # how far into a data set without a manifest the vocabulary check looks
+SAMPLED_TOKENS = 1_000_000  # how far the vocabulary check looks: a wrong tokenizer shows at once
 
 
 def dataset_config(args: Namespace) -> GPTDatasetConfig:
@@ -87,12 +88,14 @@ def _is_number(word: str) -> bool:
 
 
 def check_data(args: Namespace, vocab_size: int) -> None:
-    """Refuses data that is absent or was tokenized with a larger vocabulary.
+    """Refuses local data that is absent or was tokenized with a larger vocabulary (its first million tokens tell).
 
     Raises:
         UserError: a missing file, or a token id that the model has no embedding for.
     """
     for prefix in data_prefixes(args):
+        if is_object_storage_path(prefix):
+            continue
         for suffix in (".bin", ".idx"):
             if not Path(prefix + suffix).is_file():
                 raise UserError(

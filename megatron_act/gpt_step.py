@@ -6,7 +6,7 @@ this project's activations through ``--spec megatron_act.specs NAME``.
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,9 +21,11 @@ from megatron.training.arguments import core_transformer_config_from_args
 from megatron.training.utils import is_first_or_last_pipeline_stage
 
 Batch = dict[str, torch.Tensor | None]
+SPIKE = 10  # times the largest loss so far, as in Megatron-LM's entry
 FIELDS = ("tokens", "labels", "loss_mask", "attention_mask", "position_ids")
 
 
+@cache
 def has_mtp(vp_stage: int | None) -> bool:
     """Whether multi-token prediction layers, which need the batch too, live on this rank."""
     config = core_transformer_config_from_args(get_args())
@@ -88,22 +90,23 @@ def loss_func(
     """
     mask = loss_mask.view(-1).float()
     loss = torch.sum(output_tensor.view(-1).float() * mask)
-    _refuse_nan(loss)
+    _judge(loss)
     tokens = mask.sum().detach().to(torch.int)
     return loss, tokens, {"lm loss": torch.cat([loss.detach().view(1), tokens.view(1)])}
 
 
-def _refuse_nan(loss: torch.Tensor) -> None:
-    if not get_args().check_for_nan_in_loss_and_grad:
-        return
-    for what, test in (("NaN", torch.isnan), ("Inf", torch.isinf)):
-        get_rerun_state_machine().validate_result(
-            result=loss,
-            rejection_func=test,
-            message=f"found {what} in local forward loss calculation",
-            tolerance=0.0,
-            fatal=True,
-        )
+def _judge(loss: torch.Tensor) -> None:
+    """Hands the loss to Megatron's rerun machine: NaN and Inf are fatal, a spike is reported, where flags ask so."""
+    args, machine = get_args(), get_rerun_state_machine()
+    checks: list[tuple[str, Any, bool]] = []
+    if args.check_for_nan_in_loss_and_grad:
+        checks += [("found NaN in local forward loss", torch.isnan, True)]
+        checks += [("found Inf in local forward loss", torch.isinf, True)]
+    if args.check_for_spiky_loss:
+        spike = partial(machine.is_unexpectedly_large, threshold=SPIKE, context="loss")
+        checks += [("Spiky loss", spike, False)]
+    for message, rejects, fatal in checks:
+        machine.validate_result(result=loss, rejection_func=rejects, message=message, tolerance=0.0, fatal=fatal)
 
 
 def forward_step(data_iterator: Iterator[Batch], model: GPTModel) -> tuple[torch.Tensor, Any]:

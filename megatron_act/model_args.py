@@ -57,7 +57,20 @@ def read(path: str | Path) -> Flags:
     for key in flags:
         if not isinstance(key, str) or not key.startswith("--"):
             raise UserError(f"{path}: expected flags such as --hidden-size under {ROOT_KEY}, got {key!r}")
+        if flags[key] is None:
+            raise UserError(f"{path}: expected a value for {key}, got none: a switch takes true")
     return flags
+
+
+def to_words(flags: Flags) -> list[str]:
+    """Flags as command-line words: True is the flag alone, False and None leave it out, a list gives several values."""
+    words: list[str] = []
+    for flag, value in flags.items():
+        if value is False or value is None:
+            continue
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += [flag, *(str(item) for item in values)]
+    return words
 
 
 def write(path: str | Path, flags: Mapping[str, Any], header: str = "") -> None:

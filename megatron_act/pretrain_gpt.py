@@ -10,10 +10,12 @@ import sys
 import time
 
 from megatron_act import arguments, cpu_backend
+from megatron_act.compat import install_typing_override
 from megatron_act.errors import BAD_INPUT, UserError
 
 PROGRAM_START = time.time()
 
+install_typing_override()
 cpu_backend.install_if_requested()
 
 

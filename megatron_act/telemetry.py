@@ -8,7 +8,8 @@ object a line, written by the last rank (which holds the loss), flushed at once:
 * ``{"event": "evaluation", "split": "validation" or "test", "iteration", "tokens", "loss"}``
 
 ``loss`` is in nats per token of that step, ``seconds`` the wall time since the first step, ``scalars`` the effective
-values by name, one per layer in depth order.
+values by name, one per layer in depth order. A resumed run appends: its start line, then the iterations from where it
+resumed, with ``seconds`` counted anew.
 """
 
 import json
@@ -24,7 +25,7 @@ from megatron.training import get_tensorboard_writer, is_last_rank
 from megatron.training import training as megatron_loop
 
 from megatron_act import __version__
-from megatron_act.activation import activations_of
+from megatron_act.activation import TrainableActivation, activations_of
 
 RECORDED_FLAGS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size"),
@@ -74,7 +75,7 @@ class Telemetry:
         }
 
     def step(self, iteration: int, loss_dict: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
-        """Records one training step, every ``--log-interval`` steps; all ranks must call it."""
+        """Records one training step, every ``--log-interval`` steps; every rank must call it."""
         self.started = self.started or time.perf_counter()
         if iteration % self.args.log_interval:
             return
@@ -117,20 +118,35 @@ class Telemetry:
 
 
 def gather_scalars(models: list[Any], pipeline_size: int) -> dict[str, list[float]]:
-    """Effective scalars of the whole model by name, one value per layer in depth order; collective over the pipeline.
+    """Effective scalars of the whole model by name, one value per layer in depth order.
+
+    Collective over the pipeline that the last rank belongs to; every other rank returns nothing, at no cost. One copy
+    from the device, however many layers.
 
     Args:
         models: this rank's model chunks.
         pipeline_size: number of pipeline stages.
     """
-    here = [(module.layer_number, module.effective_scalars()) for module in activations_of(models)]
+    group = mpu.get_pipeline_model_parallel_group()
+    if torch.distributed.get_world_size() - 1 not in torch.distributed.get_process_group_ranks(group):
+        return {}
+    here = _effective_by_layer(activations_of(models))
     stages: list[Any] = [here]
     if pipeline_size > 1:
         stages = [None] * pipeline_size
-        torch.distributed.all_gather_object(stages, here, group=mpu.get_pipeline_model_parallel_group())
+        torch.distributed.all_gather_object(stages, here, group=group)
     layers = sorted((pair for stage in stages for pair in stage), key=lambda pair: pair[0])
     names = layers[0][1] if layers else {}
     return {name: [values[name] for _, values in layers] for name in names}
+
+
+def _effective_by_layer(modules: list[TrainableActivation]) -> list[tuple[int, dict[str, float]]]:
+    raws = [raw.detach() for module in modules for raw in module.raw_scalars()]
+    values = iter(torch.cat(raws).tolist() if raws else [])
+    return [
+        (module.layer_number, {param.name: param.effective(next(values)) for param in module.activation.params})
+        for module in modules
+    ]
 
 
 def _count_parameters(models: list[Any]) -> int:

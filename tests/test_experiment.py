@@ -15,9 +15,10 @@ import yaml
 from megatron_act.errors import UserError
 from megatron_act.experiment import layout as layouts
 from megatron_act.experiment import records, runner
-from megatron_act.experiment.arms import load_experiment, parse_experiment, to_words
+from megatron_act.experiment.arms import load_experiment, parse_experiment
 from megatron_act.experiment.layout import Layout
 from megatron_act.experiment.progress import Progress, Tail
+from megatron_act.model_args import to_words
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURE = Path(__file__).parent / "data" / "experiment"  # by tools/compare.py: 2 arms x 2 seeds, 20 steps

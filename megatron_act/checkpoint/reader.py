@@ -6,6 +6,7 @@ ranks wrote them does not matter here. Layers that are alike share one tensor wi
 """
 
 import io
+import json
 import pickle
 from argparse import Namespace
 from dataclasses import dataclass
@@ -170,12 +171,12 @@ class _Into(DefaultLoadPlanner):
 
 
 def has_torch_dist(path: str | Path) -> bool:
-    """Whether ``path`` holds a checkpoint that `MegatronCheckpoint` opens."""
+    """Whether ``path`` holds a ``torch_dist`` checkpoint (other formats have a ``.metadata`` too)."""
     try:
-        find_iteration(path)
-    except UserError:
+        kind = json.loads((find_iteration(path) / "metadata.json").read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError):
         return False
-    return True
+    return kind.get("sharded_backend") == "torch_dist"
 
 
 def find_iteration(path: str | Path) -> Path:

@@ -122,7 +122,7 @@ class Experiment:
         if layout.device == "cpu":
             flags.setdefault("--num-workers", 0)  # loader processes compete with the ranks, and cost seconds at exit
         flags.setdefault("--eval-interval", iterations + 1)  # Megatron has no default: once, after the last step
-        words = (*to_words(flags), *inputs, "--seed", str(seed), *layout.flags())
+        words = (*model_args.to_words(flags), *inputs, "--seed", str(seed), *layout.flags())
         return Run(arm, seed, words, match, iterations)
 
 
@@ -131,17 +131,6 @@ def registered_scalars() -> dict[str, int]:
     from megatron_act.kernels import api  # loads torch
 
     return {name: len(api.get(name).params) for name in api.names()}
-
-
-def to_words(flags: Flags) -> list[str]:
-    """Flags as command-line words: True is the flag alone, False and None leave it out, a list gives several values."""
-    words: list[str] = []
-    for flag, value in flags.items():
-        if value is False or value is None:
-            continue
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += [flag, *(str(item) for item in values)]
-    return words
 
 
 def tokenizer_size(folder: str) -> int:
@@ -227,6 +216,10 @@ def _baseline(content: Any, base: Flags) -> tuple[str, int]:
     given = _mapping("baseline", content or {}, ("activation", "ffn_hidden_size"))
     activation = given.get("activation") or model_args.activation(base)
     width = given.get("ffn_hidden_size") or base.get("--ffn-hidden-size")
+    if "ffn_hidden_size" not in given and activation != model_args.activation(base):
+        raise UserError(
+            f"baseline: expected ffn_hidden_size with activation {activation}, which is not the base's, got none"
+        )
     return _text("baseline.activation", activation), _integer("baseline.ffn_hidden_size", width)
 
 

@@ -2,18 +2,12 @@
 
 import os
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
+from megatron_act.compat import LOCAL_LAYER_FLAGS
 from megatron_act.errors import UserError
 
-# Megatron's fast paths that need Transformer Engine or apex.
-_WITHOUT_TE = (
-    *("--transformer-impl", "local"),
-    "--no-rope-fusion",
-    "--no-gradient-accumulation-fusion",
-    "--no-persist-layer-norm",
-    "--no-masked-softmax-fusion",
-)
 # Flags that follow from the layout: in an experiment's model they would contradict it.
 OWNED_FLAGS = (
     *("--cpu", "--bf16", "--fp16", "--transformer-impl", "--distributed-backend"),
@@ -52,8 +46,11 @@ class Layout:
         parallel = ["--tensor-model-parallel-size", str(self.tensor_parallel)]
         if self.device == "cpu":
             return ["--cpu", *parallel]
-        layers = ["--transformer-impl", "transformer_engine"] if self.transformer_engine else list(_WITHOUT_TE)
-        return ["--bf16", *parallel, *layers]
+        if not self.transformer_engine:
+            return ["--bf16", *parallel, *LOCAL_LAYER_FLAGS]
+        # the output layer is Megatron's own linear layer, whose fused accumulation is apex's
+        fusion = [] if find_spec("fused_weight_gradient_mlp_cuda") else ["--no-gradient-accumulation-fusion"]
+        return ["--bf16", *parallel, "--transformer-impl", "transformer_engine", *fusion]
 
     def __str__(self) -> str:
         kind = "fp32, gloo" if self.device == "cpu" else "bf16, NCCL"

@@ -36,8 +36,8 @@ class Curve:
 
 
 def read_curve(lines: list[dict[str, Any]]) -> Curve:
-    """The step lines of a JSONL as columns."""
-    steps = [line for line in lines if line["event"] == "step"]
+    """The step lines of a JSONL as columns; of an iteration that a resumed run repeated, the last one."""
+    steps = list({line["iteration"]: line for line in lines if line["event"] == "step"}.values())
     names = steps[0]["scalars"] if steps else {}
     columns = {key: [step[key] for step in steps] for key in ("iteration", "tokens", "loss", "seconds")}
     scalars = {name: [step["scalars"][name] for step in steps] for name in names}

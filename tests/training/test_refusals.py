@@ -23,6 +23,9 @@ EARLY = {
     "init out of range": ([*XIELU, "--activation-init", "alpha_n=0.4"], ["alpha_n", "> 0.5", "0.4"]),
     "two choices of layers": ([*XIELU, "--spec", "megatron_act.specs", "crrelu"], ["--spec", "remove one"]),
     "experts": ([*XIELU, "--num-experts", "4"], ["--num-experts", "not supported"]),
+    "op fuser": ([*XIELU, "--use-transformer-engine-op-fuser"], ["--use-transformer-engine-op-fuser", "remove it"]),
+    "no micro batch": ([w for w in XIELU if w not in ("--micro-batch-size", "4")], ["micro_batch_size"]),
+    "no device": ([word for word in XIELU if word != "--cpu"], ["CUDA device", "--cpu"]),
     "sft": ([*XIELU, "--sft"], ["--sft", "pretrain_gpt.py"]),
 }
 
@@ -58,6 +61,7 @@ CONFIGS = {
     "not yaml": ("MODEL_ARGS: {", ["config.yaml", "YAML"]),
     "no MODEL_ARGS": ("--num-layers: 4", ["MODEL_ARGS"]),
     "unknown key": ("MODEL_ARGS:\n  --num-layer: 4\n", ["--num-layer", "did you mean --num-layers"]),
+    "no value": ("MODEL_ARGS:\n  --save:\n", ["--save", "got none"]),
     "switch with a value": ("MODEL_ARGS:\n  --bf16: 3\n", ["--bf16", "true or false", "3"]),
 }
 
@@ -72,6 +76,13 @@ def test_config_files_that_cannot_work_are_refused_in_one_line(case: str, tmp_pa
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and [word for word in words if word not in lines[0]] == []
     assert "Traceback" not in done.stderr
+
+
+def test_help_is_complete_without_cpu_flag_or_gpu(tmp_path: Path) -> None:
+    done = entry(["--help"], tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    words = ["--activation-init", "--metrics-jsonl", "--tensor-model-parallel-size", "xielu, "]
+    assert [word for word in words if word not in done.stdout] == []
 
 
 def refused_line(words: list[str], folder: Path) -> str:
