@@ -22,7 +22,7 @@ import torch.cuda.random
 from torch.overrides import TorchFunctionMode
 
 from megatron_act import cpu_optimizer
-from megatron_act.compat import LOCAL_LAYER_FLAGS, install_typing_override
+from megatron_act.compat import LOCAL_LAYER_FLAGS, install_typing_override, use_built_helpers
 
 ENVIRONMENT_FLAG = "MEGATRON_ACT_CPU"
 NOTICE = "megatron-act: CPU backend (gloo, local layers): for development and tests, not for speed"
@@ -140,6 +140,7 @@ def _patch_megatron() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.training as training
 
+    use_built_helpers()  # foreign entry points do not
     token_dispatcher.maybe_move_tensor_to_cpu = _host_splits  # all_to_all takes split sizes as a list or array only
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
     cpu_optimizer.install()
