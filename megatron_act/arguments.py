@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="auto: Triton kernels on a GPU, torch on a CPU",
     )
     group.add_argument(
+        "--activation-per-expert",
+        action="store_true",
+        help="mixture of experts: scalars for each routed expert, not one set per layer",
+    )
+    group.add_argument(
         "--recompute-activation-function",
         action="store_true",
         help="keep the pre-activation only; the backward pass computes the activation again",

@@ -10,11 +10,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_act import optimizer_groups
+from megatron_act.experts import moe_with_activation
 from megatron_act.kernels import api as kernels
 from megatron_act.mlp import ActivationMLP, ActivationMLPSubmodules, refuse_unsupported
 
@@ -27,8 +29,9 @@ def with_activation(
     init: Mapping[str, float] | None = None,
     backend: str = "auto",
     recompute: bool = False,
+    per_expert: bool = False,
 ) -> ModuleSpec:
-    """A copy of a stock layer or block spec whose dense MLPs are ActivationMLPs with activation ``name``.
+    """A copy of a stock layer or block spec whose MLPs, experts included, have activation ``name``.
 
     ``config.activation_func`` is replaced by a function that raises, so that no part of Megatron which reads it (and
     knows nothing of this spec) computes another activation in silence.
@@ -40,6 +43,7 @@ def with_activation(
         init: effective initial values of the scalars by name.
         backend: ``auto``, ``triton`` or ``reference``.
         recompute: keep the pre-activation only (``--recompute-activation-function``).
+        per_expert: scalars for each routed expert, instead of one set per MoE layer (``--activation-per-expert``).
 
     Raises:
         ValueError: a configuration or spec that cannot hold the activation.
@@ -47,38 +51,42 @@ def with_activation(
     kernels.get(name)
     refuse_unsupported(config, name)
     optimizer_groups.install()
-    spec = copy.copy(spec)
-    if hasattr(spec, "layer_specs"):
-        spec.layer_specs = [
-            with_activation(layer, name, config, init=init, backend=backend, recompute=recompute)
-            for layer in spec.layer_specs
-        ]
-        return spec
-    spec.submodules = copy.copy(spec.submodules)
-    spec.submodules.mlp = _with_activation_mlp(spec.submodules.mlp, name, init, backend, recompute)
-    config.activation_func = _refusal(name)
-    config.bias_activation_fusion = False  # Megatron's own fused kernels; ActivationMLP fuses the bias itself
-    return spec
-
-
-def _with_activation_mlp(
-    stock: Any, name: str, init: Mapping[str, float] | None, backend: str, recompute: bool
-) -> partial:
-    if not (isinstance(stock, partial) and stock.func == MLP.as_mlp_submodule):
-        raise ValueError(
-            f"--activation {name}: expected Megatron's dense MLP in the layer spec, got {stock}: use the standard "
-            "local or transformer_engine layers (without --use-transformer-engine-op-fuser)"
-        )
-    parts = stock.keywords["submodules"]
-    submodules = ActivationMLPSubmodules(
-        linear_fc1=parts.linear_fc1,
-        linear_fc2=parts.linear_fc2,
+    describe = partial(
+        _describe,
         activation=name,
         activation_init=dict(init or {}),
         activation_backend=backend,
         activation_recompute=recompute,
     )
-    return partial(ActivationMLP.as_mlp_submodule, submodules=submodules)
+    placed = _placed(spec, describe, config, per_expert)
+    config.activation_func = _refusal(name)
+    config.bias_activation_fusion = False  # Megatron's own fused kernels; ActivationMLP fuses the bias itself
+    return placed
+
+
+def _describe(parts: MLPSubmodules, **activation: Any) -> ActivationMLPSubmodules:
+    return ActivationMLPSubmodules(linear_fc1=parts.linear_fc1, linear_fc2=parts.linear_fc2, **activation)
+
+
+def _placed(spec: Any, describe: Callable, config: TransformerConfig, per_expert: bool) -> Any:
+    spec = copy.copy(spec)
+    if hasattr(spec, "layer_specs"):
+        spec.layer_specs = [_placed(layer, describe, config, per_expert) for layer in spec.layer_specs]
+        return spec
+    spec.submodules = copy.copy(spec.submodules)
+    spec.submodules.mlp = _with_activation_mlp(spec.submodules.mlp, describe, config, per_expert)
+    return spec
+
+
+def _with_activation_mlp(stock: Any, describe: Callable, config: TransformerConfig, per_expert: bool) -> partial:
+    if isinstance(stock, partial) and stock.func is MoELayer:
+        return moe_with_activation(stock, describe, config, per_expert)
+    if isinstance(stock, partial) and stock.func == MLP.as_mlp_submodule:
+        return partial(ActivationMLP.as_mlp_submodule, submodules=describe(stock.keywords["submodules"]))
+    raise ValueError(
+        f"--activation: expected Megatron's MLP or MoE layer in the layer spec, got {stock}: use the standard "
+        "local or transformer_engine layers (without --use-transformer-engine-op-fuser)"
+    )
 
 
 def _refusal(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -90,7 +98,12 @@ def _refusal(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def layer_spec(
-    name: str, *, init: Mapping[str, float] | None = None, backend: str = "auto", recompute: bool = False
+    name: str,
+    *,
+    init: Mapping[str, float] | None = None,
+    backend: str = "auto",
+    recompute: bool = False,
+    per_expert: bool = False,
 ) -> Callable[..., ModuleSpec]:
     """A callable for Megatron's ``--spec`` (``GPTModelConfig.transformer_layer_spec``): stock layers, our MLP.
 
@@ -99,13 +112,15 @@ def layer_spec(
         init: effective initial values of the scalars by name.
         backend: ``auto``, ``triton`` or ``reference``.
         recompute: keep the pre-activation only (``--recompute-activation-function``).
+        per_expert: scalars for each routed expert (``--activation-per-expert``).
     """
+    options: dict[str, Any] = {"init": init, "backend": backend, "recompute": recompute, "per_expert": per_expert}
 
     def build(config: Any, vp_stage: int | None = None) -> ModuleSpec:
         from megatron.training.models.gpt import default_layer_spec
 
         stock = default_layer_spec(config, vp_stage)
-        return with_activation(stock, name, config.transformer, init=init, backend=backend, recompute=recompute)
+        return with_activation(stock, name, config.transformer, **options)
 
     build.__name__ = name
     build.__doc__ = f"GPT layer spec with {name}: ``--spec megatron_act.specs {name}``."

@@ -15,7 +15,7 @@ from megatron.training import get_tokenizer, pretrain, print_rank_0, set_startup
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
-from megatron_act import arguments, cpu_backend, gpt_data, recompute, specs, telemetry
+from megatron_act import arguments, cpu_backend, experts, gpt_data, recompute, specs, telemetry
 from megatron_act.activation import activations_of, raw_initial_values
 from megatron_act.checkpoint.scalars import check_scalars, trained_activation
 from megatron_act.errors import UserError
@@ -51,6 +51,7 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
             init=init,
             backend=args.activation_backend,
             recompute=args.recompute_activation_function,
+            per_expert=args.activation_per_expert,
         )
         model_config.post_wrap_hooks += [_announce, finalize.install]
     telemetry.install(args, model_config)
@@ -138,12 +139,13 @@ def _check_layout(args: Namespace) -> None:
         (args.quick_geglu, f"--quick-geglu is a gated MLP, --activation {args.activation} is not: {gated}"),
         (args.squared_relu, "--squared-relu and --activation name two activations: remove one"),
         (args.spec is not None, "--spec and --activation both choose the layers: remove one"),
-        (args.num_experts is not None, "--num-experts: mixture of experts is not supported yet: remove it"),
         (args.use_te_activation_func, "--use-te-activation-func and --activation name two activations: remove one"),
     )
     for present, message in problems:
         if present:
             raise UserError(message)
+    if why := experts.conflict(args):
+        raise UserError(why)
     if args.recompute_activation_function and (why := recompute.conflict(args)):
         raise UserError(why)
     ffn, tp = args.ffn_hidden_size, args.tensor_model_parallel_size
@@ -154,11 +156,11 @@ def _check_layout(args: Namespace) -> None:
 def _announce(models: list[Any]) -> list[Any]:
     """Counts the activations that were really built: a spec that got lost would train Megatron's GELU in silence."""
     found = activations_of(models)
-    layers = sum(isinstance(module, TransformerLayer) for chunk in models for module in chunk.modules())
-    if len(found) != layers:
-        raise RuntimeError(
-            f"expected one trainable activation in each of this rank's {layers} layers, found {len(found)}"
-        )
+    layers = [module for chunk in models for module in chunk.modules() if isinstance(module, TransformerLayer)]
+    bare = [layer.layer_number for layer in layers if not experts.is_activated(layer)]
+    if bare:
+        raise RuntimeError(f"expected trainable activations in all MLPs of each layer, found others in layers {bare}")
     if found:
-        print_rank_0(f"> megatron-act: {found[0].activation.name} in {len(found)} layers of this rank")
+        sets = f" ({len(found)} sets of scalars)" if len(found) != len(layers) else ""
+        print_rank_0(f"> megatron-act: {found[0].activation.name} in {len(layers)} layers of this rank{sets}")
     return models
