@@ -19,7 +19,7 @@ class TrainableActivation(MegatronModule):
     Each scalar is a ``torch.nn.Parameter`` of shape (1,) in fp32, named as in the papers (xIELU: ``alpha_p``,
     ``alpha_n``), holding the raw value that the optimizer moves; softplus and offsets are applied in the kernel. Shape
     (1,) is what exempts it from Megatron's weight decay. It stays fp32 when the model is cast to bf16 or fp16: a bf16
-    scalar near 0.2 moves in steps of 0.001, more than an optimizer step. Its gradient is summed over ``tp_group`` inside
+    scalar near 0.2 moves in steps of 0.001, more than an optimizer step. Its gradient is summed over ``tp_group`` in
     the backward pass, or after it where ``finalize.install`` has set ``sums_in_backward`` to False.
 
     Args:
@@ -69,18 +69,20 @@ class TrainableActivation(MegatronModule):
         Returns:
             A tensor of x's shape and dtype.
         """
-        raw = sum_gradients_over_group(self.raw_scalars(), self.tp_group)
+        raw = self.wired_scalars()
         apply = recompute.apply if self.recompute else kernels.apply
         return apply(self.activation.name, x, raw, bias=bias, weights=weights, backend=self.backend)
+
+    def wired_scalars(self) -> Sequence[torch.Tensor]:
+        """The raw scalars as a forward pass must use them: connected to the reduction of their gradients."""
+        raw: Sequence[torch.Tensor] = self.raw_scalars()
+        if self.sums_in_backward:
+            raw = sum_gradients_over_group(raw, self.tp_group)
+        return self.probe.watch(raw) if self.probe else raw
 
     def raw_scalars(self) -> list[torch.Tensor]:
         """The raw scalars in the registry's order."""
         return [getattr(self, param.name) for param in self.activation.params]
-
-    def effective_scalars(self) -> dict[str, float]:
-        """The values that the formula uses (after softplus and offset), by parameter name."""
-        pairs = zip(self.activation.params, self.raw_scalars(), strict=True)
-        return {param.name: param.effective(float(raw)) for param, raw in pairs}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "TrainableActivation":
         """Follows device moves and casts to float64; keeps fp32 under casts to bf16 and fp16 (Float16Module)."""

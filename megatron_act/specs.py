@@ -15,10 +15,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_act import optimizer_groups
+from megatron_act import finalize, mtp, optimizer_groups
 from megatron_act.experts import moe_with_activation
 from megatron_act.kernels import api as kernels
 from megatron_act.mlp import ActivationMLP, ActivationMLPSubmodules, refuse_unsupported
+from megatron_act.norms import stock_spec
 
 
 def with_activation(
@@ -116,12 +117,15 @@ def layer_spec(
     """
     options: dict[str, Any] = {"init": init, "backend": backend, "recompute": recompute, "per_expert": per_expert}
 
+    def place(stock: Any, config: TransformerConfig) -> Any:
+        return with_activation(stock, name, config, **options)
+
     def build(config: Any, vp_stage: int | None = None) -> ModuleSpec:
-        from megatron.training.models.gpt import default_layer_spec
+        finalize.watch(config.transformer)
+        mtp.install()
+        return place(stock_spec(config, vp_stage), config.transformer)
 
-        stock = default_layer_spec(config, vp_stage)
-        return with_activation(stock, name, config.transformer, **options)
-
+    build.place = place  # type: ignore[attr-defined]  # for layers that Megatron builds from a spec of its own
     build.__name__ = name
     build.__doc__ = f"GPT layer spec with {name}: ``--spec megatron_act.specs {name}``."
     return build

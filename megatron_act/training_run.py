@@ -5,19 +5,33 @@ import os
 import socket
 import sys
 import time
+import traceback
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from megatron.training import get_tokenizer, pretrain, print_rank_0, set_startup_timestamps
+from megatron.training import get_tokenizer, inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
 from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
 from megatron.training.arguments import add_megatron_arguments, parse_and_validate_args
 
-from megatron_act import arguments, cpu_backend, experts, gpt_data, recompute, specs, telemetry
+from megatron_act import (
+    arguments,
+    cpu_backend,
+    experts,
+    finalize,
+    gpt_data,
+    mtp,
+    norms,
+    recompute,
+    restore,
+    specs,
+    telemetry,
+)
 from megatron_act.activation import activations_of, raw_initial_values
-from megatron_act.checkpoint.scalars import check_scalars, trained_activation
+from megatron_act.compat import use_built_helpers
 from megatron_act.errors import UserError
 from megatron_act.gpt_step import forward_step
 from megatron_act.kernels import api as kernels
@@ -38,12 +52,13 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
         UserError: whatever the user can correct in flags or files.
     """
     _stand_alone()
+    use_built_helpers()
     set_startup_timestamps(program_start=program_start, main_entry=time.time())
     args = _parse(flags, argv)
-    gpt_data.check_data(args, get_tokenizer().vocab_size)
-    if args.load:
-        check_scalars(args.load, trained_activation(args))
+    _check_files(args)
+    loading = restore.check(args)
     model_config = gpt_config_from_args(args)
+    model_config.post_wrap_hooks += loading
     if args.activation:
         init = arguments.parse_init(args.activation_init)
         model_config.transformer_layer_spec = specs.layer_spec(
@@ -53,14 +68,25 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
             recompute=args.recompute_activation_function,
             per_expert=args.activation_per_expert,
         )
-        model_config.post_wrap_hooks += [_announce, finalize.install]
+        model_config.post_wrap_hooks += [mtp.number_layers, _announce, finalize.install]
+    elif args.spec is None:
+        mtp.install()
+        model_config.transformer_layer_spec = norms.stock_spec
     telemetry.install(args, model_config)
-    pretrain(
+    restartable, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
+    restartable(
         pretrain_cfg_container_from_args(args, model_config),
         gpt_data.datasets_provider,
         ModelType.encoder_or_decoder,
         forward_step,
+        store=store,
     )
+
+
+def _check_files(args: Namespace) -> None:
+    """Refuses wrong data and checkpoints; one process per host, or one in all, looks: torchrun ends the others."""
+    if args.rank % max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) == 0:
+        gpt_data.check_data(args, get_tokenizer().vocab_size)
 
 
 def _stand_alone() -> None:
@@ -82,7 +108,13 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
         words = [*cpu_backend.FLAGS, *words]
     sys.argv = [sys.argv[0], *words]
     args = parser.parse_args(words)
+    if restored := restore.flags_of(args, parser, words):
+        words = [*restored, *words]
+        sys.argv, args = [sys.argv[0], *words], parser.parse_args(words)
+        print_rank_0(f"> megatron-act: from the checkpoint's arguments: {' '.join(restored)}")
     check_arguments(args)
+    if not torch.cuda.is_available() and "--cpu" not in words:
+        raise UserError("expected a CUDA device, got none: add --cpu to train on the CPU (development and tests)")
     if "--cpu" in words and os.environ.get("RANK", "0") == "0":
         print(cpu_backend.NOTICE, flush=True)
     try:
@@ -90,7 +122,13 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
             arguments.add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"}
         )
     except (AssertionError, ValueError) as error:
-        raise UserError(f"Megatron refuses the flags: {' '.join(str(error).split())}") from error
+        raise UserError(f"Megatron refuses the flags: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An exception's message, or where it has none the line of Megatron's code that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return " ".join(str(error).split()) or f"{last.line} ({Path(last.filename).name}:{last.lineno})"
 
 
 def check_arguments(args: Namespace) -> None:
@@ -128,8 +166,9 @@ def _check_tokenizer(args: Namespace) -> None:
 
 
 def _check_without_activation(args: Namespace) -> None:
-    if args.recompute_activation_function:
-        raise UserError(f"{recompute.FLAG}: expected --activation NAME with it, got none: add it or remove the flag")
+    flags = {recompute.FLAG: args.recompute_activation_function, restore.FLAG: args.activation_init_missing}
+    for flag in (flag for flag, given in flags.items() if given):
+        raise UserError(f"{flag}: expected --activation NAME with it, got none: add it or remove the flag")
 
 
 def _check_layout(args: Namespace) -> None:
@@ -139,6 +178,12 @@ def _check_layout(args: Namespace) -> None:
         (args.quick_geglu, f"--quick-geglu is a gated MLP, --activation {args.activation} is not: {gated}"),
         (args.squared_relu, "--squared-relu and --activation name two activations: remove one"),
         (args.spec is not None, "--spec and --activation both choose the layers: remove one"),
+        (args.use_transformer_engine_op_fuser, "--use-transformer-engine-op-fuser is not supported yet: remove it"),
+        (
+            args.use_megatron_fsdp,
+            "--use-megatron-fsdp does not reduce the scalars' gradients: use plain DDP, remove it",
+        ),
+        (args.use_torch_fsdp2, "--use-torch-fsdp2 cannot shard fp32 scalars in a bf16 layer: use plain DDP, remove it"),
         (args.use_te_activation_func, "--use-te-activation-func and --activation name two activations: remove one"),
     )
     for present, message in problems:
