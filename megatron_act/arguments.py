@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         help="mixture of experts: scalars for each routed expert, not one set per layer",
     )
     group.add_argument(
+        "--activation-init-missing",
+        action="store_true",
+        help="load a checkpoint of another activation; the scalars that it lacks take their initial values",
+    )
+    group.add_argument(
         "--recompute-activation-function",
         action="store_true",
         help="keep the pre-activation only; the backward pass computes the activation again",

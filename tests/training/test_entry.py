@@ -48,6 +48,7 @@ def test_our_flags_are_frozen() -> None:
         "--activation",
         "--activation-backend",
         "--activation-init",
+        "--activation-init-missing",
         "--activation-per-expert",
         "--config",
         "--cpu",
