@@ -74,6 +74,8 @@ class _CudaMeansCpu(TorchFunctionMode):
             return args[0]
         if _means_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": _CPU}
+        if kwargs.get("pin_memory"):  # context parallelism's indices; without an accelerator torch refuses
+            kwargs = {**kwargs, "pin_memory": False}
         if func is torch.Tensor.to:
             args = tuple(_CPU if _means_cuda(a) else a for a in args)
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
