@@ -6,6 +6,9 @@
 
 gate: logistic (xSiLU), gaussian (xGELU), arctan (xATLU). alpha is unconstrained, initially 0: SiLU, GELU, ATLU.
 At +-inf f is c inf, or the limit of -(1 + 2 alpha) w where c = 0.
+
+Kernel error in |v| + 0.1 |x|, fp32, over [-80, 80] (tests/test_kernels_precision.py), y / slope / integrand:
+xsilu 2.3e-7 / 2.2e-7 / 1.2e-7, xgelu 3.2e-7 / 4.3e-7 / 1.8e-7, xatlu 1.8e-7 / 4.0e-7 / 9.5e-8.
 """
 # mypy: disallow-untyped-defs=False
 

@@ -8,6 +8,9 @@
 
 f(-inf) = 0 and f(+inf) = +inf for all. ``torch.nn.functional.gelu`` is exact by default; Megatron's fused bias-GELU and
 Transformer Engine's GELU are the tanh form, which differs by up to 4.7e-4. Slopes of the gated ones: ``gates.py``.
+
+Kernel error in |v| + 0.1 |x|, fp32, over [-80, 80] (tests/test_kernels_precision.py), y / slope: relu2 5.7e-8 / 0,
+gelu 2.4e-7 / 3.7e-7, gelu_tanh 1.4e-7 / 2.3e-7, silu 1.2e-7 / 1.3e-7, relu 0 / 0.
 """
 # mypy: disallow-untyped-defs=False
 

@@ -1,7 +1,6 @@
 """The activations of this folder by name: every module here that defines ``ACTIVATIONS`` takes part by itself."""
 
 import difflib
-import functools
 import importlib
 import pkgutil
 from pathlib import Path
@@ -12,8 +11,7 @@ HERE = Path(__file__).parent
 INFRASTRUCTURE = {"api", "checks", "device_math", "gates", "ops", "registry", "spec", "template"}
 
 
-@functools.cache
-def _all() -> dict[str, Activation]:
+def _discover() -> dict[str, Activation]:
     modules = sorted(m.name for m in pkgutil.iter_modules([str(HERE)]) if m.name not in INFRASTRUCTURE)
     found = [
         a for m in modules for a in getattr(importlib.import_module(f"megatron_act.kernels.{m}"), "ACTIVATIONS", ())
@@ -24,9 +22,12 @@ def _all() -> dict[str, Activation]:
     return {a.name: a for a in found}
 
 
+KNOWN = _discover()  # at import: torch.compile traces through get and would trace a lazy discovery too
+
+
 def names() -> tuple[str, ...]:
     """Every known activation, trainable ones first, each group in alphabetical order."""
-    return tuple(_all())
+    return tuple(KNOWN)
 
 
 def _likeness(name: str, other: str) -> float:
@@ -37,8 +38,7 @@ def _likeness(name: str, other: str) -> float:
 
 def get(name: str) -> Activation:
     """The activation called ``name``; ValueError naming the nearest known one otherwise."""
-    known = _all()
-    if name not in known:
-        near = max(known, key=lambda candidate: _likeness(str(name).lower(), candidate))
-        raise ValueError(f"unknown activation {name!r}: did you mean {near!r}? known: {', '.join(known)}")
-    return known[name]
+    if name not in KNOWN:
+        near = max(KNOWN, key=lambda candidate: _likeness(str(name).lower(), candidate))
+        raise ValueError(f"unknown activation {name!r}: did you mean {near!r}? known: {', '.join(KNOWN)}")
+    return KNOWN[name]

@@ -6,6 +6,9 @@
 
 f(-inf) = f(+inf) = +inf. At x = 0 the slope is beta, the true derivative; code that evaluates e^min(x, -1e-6) has
 beta - a_n there. h is the whole alpha_n gradient and behaves like x^2/2: it has its own series near 0.
+
+Kernel error in |v| + 0.1 |x|, fp32, over [-80, 80] (tests/test_kernels_precision.py): y 3.9e-7, slope 6.2e-7,
+integrands 1.2e-7.
 """
 # mypy: disallow-untyped-defs=False
 

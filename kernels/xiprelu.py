@@ -6,6 +6,9 @@
     a = a_p for x > 0, a_n for x <= 0; a_p, a_n = softplus(raw), q = 1 + softplus(power), beta = 0.5
 
 f(+-inf) = +inf, f'(0) = beta, every parameter derivative is 0 at 0. The authors floor |x| at 1e-6; here it is exact.
+
+Kernel error in |v| + 0.1 |x|, fp32, over [-80, 80] (tests/test_kernels_precision.py): xiprelu y 3.1e-7, slope 1.3e-7,
+integrands 5.7e-8; xiprelup y 8.5e-7, slope 1.1e-6, integrands 1.1e-6 (5e-6 beyond 100).
 """
 # mypy: disallow-untyped-defs=False
 

@@ -112,7 +112,7 @@ def test_parameter_dtype_is_independent(param_dtype):
 
 @pytest.mark.parametrize("layout", ["blocks_tail", "bias_tails"])
 def test_same_bits_twice(layout):
-    for name in kernels.names():
+    for name in ("xielu", "xgelu"):
         x, g, bias = inputs(layout, torch.float32)
         first = run(name, x, g, shifted_params(name), bias, "triton")
         second = run(name, x, g, shifted_params(name), bias, "triton")
