@@ -14,6 +14,7 @@ from megatron_act.activation import TrainableActivation, activations_of
 from megatron_act.parallel import GradientProbe, sum_main_gradients
 
 VALUE_CHECKS = 2  # steps that compare the values: the first sees the start, the second what one update made of it
+GRADIENT_CHECKS = 10  # at most: experts may stay without tokens, and layers that start at zero without gradients
 
 
 class Finalize:
@@ -42,13 +43,19 @@ class Finalize:
         if not can_check(models):
             self.proven = True
             return
+        if not self.proven:
+            self._check_gradients(models, num_tokens)
         if self.calls < VALUE_CHECKS:
             replicas.check_values(models)
-        if self.proven:
-            return
+
+    def _check_gradients(self, models: Sequence[Any], num_tokens: torch.Tensor | None) -> None:
+        """Every rank must come to the same verdict: a rank that went on checking alone would wait for the others."""
         modules = [module for module in activations_of(models) if module.raw_scalars()]
-        if all(module.probe for module in modules):
-            self.proven = replicas.check_gradients(models, num_tokens) or not modules
+        watched = all(module.probe for module in modules)
+        conclusive = not modules or (watched and replicas.check_gradients(models, num_tokens))
+        verdict = torch.tensor([int(conclusive)], device=torch.cuda.current_device())
+        torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MIN)
+        self.proven = bool(verdict) or self.calls + 1 >= GRADIENT_CHECKS
         _set_probes(modules, on=not self.proven)
 
 

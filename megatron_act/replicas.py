@@ -143,3 +143,30 @@ def is_final_here(scalar: Scalar) -> bool:
     start, _ = bucket.param_to_index[scalar.param]
     shard = bucket.grad_data.numel() // group.intra_distributed_optimizer_instance_size
     return start // shard == group.intra_distributed_optimizer_instance_rank
+
+
+def refresh_values(models: Sequence[Any]) -> None:
+    """Gives every rank the scalars as the optimizer left them, where parameter gathers are overlapped.
+
+    Megatron then gathers parameters in the next forward pass only; until then a rank holds new values of its own shard
+    beside old ones. What is written here is what that gather will write. Collective, one small message per group.
+
+    Args:
+        models: model chunks; those that do not overlap gathers have nothing to do.
+    """
+    overlapped = [model for model in models if isinstance(model, DistributedDataParallel) and _lags(model)]
+    by_group: dict[Any, list[Scalar]] = {}
+    for _, scalars in _by_groups(overlapped):
+        for scalar in scalars:
+            owners = scalar.model.param_to_bucket_group[scalar.param].intra_distributed_optimizer_instance_group
+            by_group.setdefault(owners, []).append(scalar)
+    for group, scalars in by_group.items():
+        fresh = torch.cat([scalar.param.detach() * is_final_here(scalar) for scalar in scalars])
+        torch.distributed.all_reduce(fresh, group=group)
+        sizes = [scalar.param.numel() for scalar in scalars]
+        for scalar, value in zip(scalars, fresh.split(sizes), strict=True):
+            scalar.param.data.copy_(value)
+
+
+def _lags(model: DistributedDataParallel) -> bool:
+    return model.ddp_config.overlap_param_gather and model.ddp_config.use_distributed_optimizer
