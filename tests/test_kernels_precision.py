@@ -12,6 +12,7 @@ from test_kernels_golden import elementwise_kernel
 from triton.runtime import interpreter
 
 from megatron_act.kernels import api as kernels
+from megatron_act.kernels import ops
 
 POINTS = 64  # of elementwise_kernel
 SWEEP = torch.cat(
@@ -86,8 +87,13 @@ def check_sums(n, bound):
         assert relative(value, want.cpu(), want.cpu()).item() <= bound
 
 
-def test_sums_of_a_million():
-    check_sums(1 << 20, 2e-7)
+def test_sums_with_the_rows_of_a_large_tensor(monkeypatch):
+    monkeypatch.setattr(ops, "SMALL", 0)
+    check_sums((1 << 16) + 77, 2e-7)
+    x, params = torch.randn(40_000, device=DEVICE), [p.detach() for p in shifted_params("xielu")]
+    large = kernels.apply("xielu", x, params, backend="triton")
+    monkeypatch.setattr(ops, "SMALL", 1 << 20)
+    assert torch.equal(large, kernels.apply("xielu", x, params, backend="triton"))
 
 
 @pytest.mark.gpu
