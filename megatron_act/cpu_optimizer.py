@@ -2,7 +2,7 @@
 
 Two places of ``megatron/core/optimizer/distrib_optimizer.py`` 0.19 assume the fused optimizers' bookkeeping:
 ``state_dict`` reads the step count of a fresh optimizer, which AdamW does not have before its first step, and
-``load_state_dict`` gives one step tensor to all parameters, which AdamW then advances once per parameter.
+``load_state_dict`` gives all parameters one step tensor, then overwrites it with the count from before the load.
 """
 
 import functools
@@ -43,7 +43,8 @@ def _with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_state_dict(self: Any, state_dict: Any) -> None:
         original(self, state_dict)
         if isinstance(self.optimizer, torch.optim.AdamW):
+            step = float(state_dict["optimizer"]["param_groups"][0]["step"])
             for state in self.optimizer.state.values():
-                state["step"] = state["step"].clone()
+                state["step"] = torch.tensor(step)
 
     return load_state_dict

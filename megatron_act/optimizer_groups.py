@@ -3,13 +3,16 @@
 Under ``--bf16`` the scalars are the model's only fp32 parameters. Megatron-Core 0.19 cannot save an optimizer whose
 groups mix fp32 and bf16 parameters: the distributed optimizer reorders a mixed group but not its index
 (``distrib_optimizer.py``), and the plain one numbers its bf16 parameters only (``optimizer.py``,
-``Float16OptimizerWithFloat16Params.sharded_state_dict``). ``install`` repairs both, for any entry point: it is called
-when an ActivationMLP enters a layer spec.
+``Float16OptimizerWithFloat16Params.sharded_state_dict``). Nor can the distributed one load fp32 parameters, in any
+precision: it copies into views of them with gradients enabled (``load_parameter_state_from_dp_reshardable``).
+``install`` repairs all three, for any entry point: it is called when an ActivationMLP enters a layer spec.
 """
 
 import functools
 from typing import Any
 
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer.optimizer_config import ParamKey
 
@@ -27,13 +30,15 @@ def config_overrides() -> dict[ParamKey, dict[str, float]]:
 
 
 def install() -> None:
-    """Gives the scalars their group in ``megatron.training``, repairs the plain bf16 optimizer's saving. Idempotent."""
+    """Gives the scalars their group in ``megatron.training``, repairs both optimizers' checkpoints. Idempotent."""
     global _installed
     if _installed:
         return
     _installed = True
     _patch_config()
     _patch_saving()
+    load = DistributedOptimizer.load_parameter_state_from_dp_reshardable
+    DistributedOptimizer.load_parameter_state_from_dp_reshardable = torch.no_grad()(load)
 
 
 def _patch_config() -> None:

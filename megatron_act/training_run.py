@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies.nvrx import has_nvrx_async_support
 from megatron.core.enums import ModelType
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training import get_tokenizer, inprocess_restart, pretrain, print_rank_0, set_startup_timestamps
@@ -147,6 +148,7 @@ def check_arguments(args: Namespace) -> None:
                 f"{flag}: not served here: use Megatron-LM's pretrain_gpt.py with --spec megatron_act.specs NAME"
             )
     _check_tokenizer(args)
+    _check_async(args)
     if args.activation is None:
         _check_without_activation(args)
         return
@@ -165,6 +167,15 @@ def _check_tokenizer(args: Namespace) -> None:
         raise UserError(f"--tokenizer-model: expected a file or folder, got {model}, which does not exist")
 
 
+def _check_async(args: Namespace) -> None:
+    """Megatron looks for the package at the first save, when the steps before it are lost."""
+    if args.async_save and args.async_strategy == "nvrx" and not has_nvrx_async_support():
+        raise UserError(
+            "--async-save: expected the package nvidia-resiliency-ext for --async-strategy nvrx, got none: install it "
+            "or add --async-strategy mcore"
+        )
+
+
 def _check_without_activation(args: Namespace) -> None:
     flags = {recompute.FLAG: args.recompute_activation_function, restore.FLAG: args.activation_init_missing}
     for flag in (flag for flag, given in flags.items() if given):
@@ -181,9 +192,9 @@ def _check_layout(args: Namespace) -> None:
         (args.use_transformer_engine_op_fuser, "--use-transformer-engine-op-fuser is not supported yet: remove it"),
         (
             args.use_megatron_fsdp,
-            "--use-megatron-fsdp does not reduce the scalars' gradients: use plain DDP, remove it",
+            "--use-megatron-fsdp: its sharding of the scalars is untested, hence refused: remove it",
         ),
-        (args.use_torch_fsdp2, "--use-torch-fsdp2 cannot shard fp32 scalars in a bf16 layer: use plain DDP, remove it"),
+        (args.use_torch_fsdp2, "--use-torch-fsdp2: it shards parameters of one dtype, the scalars are fp32: remove it"),
         (args.use_te_activation_func, "--use-te-activation-func and --activation name two activations: remove one"),
     )
     for present, message in problems:
