@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from training_support import Run, Train
+from training_support import MODEL_FLAGS, Run, Train, torchrun
+
+from megatron_act.cpu_backend import FLAGS
 
 pytestmark = pytest.mark.distributed
 
@@ -49,6 +51,18 @@ def test_a_wrong_reduction_stops_the_run(
         assert abs(shown - 1) > 0.01
     else:
         assert shown == pytest.approx(ratio, rel=1e-4)
+
+
+def test_a_run_through_spec_is_checked_at_its_second_step(data_flags: list[str]) -> None:
+    """Megatron-LM's own entry point: the sum in the backward pass is the only one there is."""
+    spec = ["--spec", "megatron_act.specs", "xielu", "--train-iters", "4"]
+    done = torchrun(WORKER, "spec", *FLAGS, *MODEL_FLAGS, *data_flags, *spec, *TP2, ranks=2)
+    assert done.returncode != 0
+    found = GRADIENT.search(done.stdout)
+    assert found, done.stdout[-3000:]
+    assert abs(float(found.group(3)) - 1) > 0.01
+    assert "iteration        1/" in done.stdout
+    assert "iteration        2/" not in done.stdout
 
 
 def test_replicas_that_drift_apart_are_not_saved(train: Train) -> None:

@@ -1,6 +1,11 @@
-"""The entry point with the reduction of the scalars' gradients changed: ``reductions.py VARIANT [flags]``."""
+"""The entry point with the reduction of the scalars' gradients changed: ``reductions.py VARIANT [flags]``.
 
+``reductions.py spec [flags]``: an entry point of Megatron-LM's style, whose sum in the backward pass is lost.
+"""
+
+import runpy
 import sys
+from pathlib import Path
 
 from megatron_act import cpu_backend
 
@@ -9,7 +14,7 @@ cpu_backend.install()
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_act import finalize, pretrain_gpt, replicas  # noqa: E402
+from megatron_act import activation, finalize, pretrain_gpt, replicas  # noqa: E402
 from megatron_act.activation import activations_of  # noqa: E402
 from megatron_act.parallel import sum_main_gradients  # noqa: E402
 
@@ -85,6 +90,10 @@ HOOKS = {"backward": backward, "both": both, "marked": marked, "drift": drift}
 
 if __name__ == "__main__":
     variant = sys.argv.pop(1)
+    if variant == "spec":
+        activation.sum_gradients_over_group = lambda scalars, group: tuple(scalars)
+        runpy.run_path(str(Path(__file__).parent / "megatron_lm_entry.py"), run_name="__main__")
+        sys.exit()
     finalize.sum_main_gradients = SUMS.get(variant, sum_main_gradients)
     finalize.install = HOOKS.get(variant, installed)
     pretrain_gpt.main(sys.argv[1:])
