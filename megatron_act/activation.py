@@ -49,6 +49,7 @@ class TrainableActivation(MegatronModule):
         self.recompute = recompute
         self.sums_in_backward = True
         self.probe: GradientProbe | None = None  # set while the reductions are being checked
+        self.role = ""  # in a layer with several sets of scalars: whose this is, as telemetry names it
         self.layer_number = 0  # from 1, set by the layer that owns this MLP; telemetry sorts by it
         self.tp_group = get_tensor_model_parallel_group_if_none(tp_group)
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()

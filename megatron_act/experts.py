@@ -58,6 +58,8 @@ class ActivationMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection, **kwargs)
+        if self.shared_experts:
+            self.shared_experts.activation_func.role = "shared_experts"
         if submodules.shared:
             self.activation_func = build_activation(config, submodules.shared, pg_collection.tp)
             self.experts.share(self.activation_func)
@@ -91,6 +93,8 @@ class ActivationExperts(SequentialMLP):
                 tp_group=self.tp_group,
                 name=None if name is None else f"{name}.local_experts.{index}",
             )
+            if submodules.own_scalars:
+                expert.activation_func.role = f"expert_{self.ep_group.rank() * num_local_experts + index}"
             self.local_experts.append(expert)
 
     def share(self, activation: TrainableActivation) -> None:

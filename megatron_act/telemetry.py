@@ -24,7 +24,7 @@ from megatron.core import mpu
 from megatron.training import get_tensorboard_writer, is_last_rank
 from megatron.training import training as megatron_loop
 
-from megatron_act import __version__
+from megatron_act import __version__, replicas
 from megatron_act.activation import TrainableActivation, activations_of
 
 RECORDED_FLAGS = (
@@ -79,6 +79,7 @@ class Telemetry:
         self.started = self.started or time.perf_counter()
         if iteration % self.args.log_interval:
             return
+        replicas.refresh_values(self.models)
         scalars = gather_scalars(self.models, self.args.pipeline_model_parallel_size)
         if not is_last_rank():
             return
@@ -118,47 +119,70 @@ class Telemetry:
 
 
 def gather_scalars(models: list[Any], pipeline_size: int) -> dict[str, list[float]]:
-    """Effective scalars of the whole model by name, one value per layer in depth order.
+    """Effective scalars of the whole model by name, one value per layer that has it in depth order.
 
-    Collective over the pipeline that the last rank belongs to; every other rank returns nothing, at no cost. One copy
-    from the device, however many layers.
+    In a mixture of experts, shared experts' are named ``shared_experts.NAME``, an expert's own ``expert_3.NAME``.
+    Collective over the pipeline that the last rank belongs to; every other rank returns nothing, at no cost (with
+    scalars per expert: collective over expert-parallel ranks too). One copy from the device, however many layers.
 
     Args:
         models: this rank's model chunks.
         pipeline_size: number of pipeline stages.
     """
     group = mpu.get_pipeline_model_parallel_group()
-    if torch.distributed.get_world_size() - 1 not in torch.distributed.get_process_group_ranks(group):
+    modules = activations_of(models)
+    heard = torch.distributed.get_world_size() - 1 in torch.distributed.get_process_group_ranks(group)
+    spread = mpu.get_expert_model_parallel_world_size() > 1 and any(m.role.startswith("expert_") for m in modules)
+    here = _effective_by_layer(modules) if heard or spread else []
+    if spread:
+        here = _with_other_experts(here)
+    if not heard:
         return {}
-    here = _effective_by_layer(activations_of(models))
     stages: list[Any] = [here]
     if pipeline_size > 1:
         stages = [None] * pipeline_size
         torch.distributed.all_gather_object(stages, here, group=group)
     layers = sorted((pair for stage in stages for pair in stage), key=lambda pair: pair[0])
-    names = layers[0][1] if layers else {}
-    return {name: [values[name] for _, values in layers] for name in names}
+    names = {name: None for _, values in layers for name in values}  # in order of appearance
+    return {name: [values[name] for _, values in layers if name in values] for name in names}
+
+
+def _with_other_experts(here: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
+    """This rank's scalars and those of the experts of its expert-parallel peers; collective over these."""
+    peers: list[Any] = [None] * mpu.get_expert_model_parallel_world_size()
+    torch.distributed.all_gather_object(peers, here, group=mpu.get_expert_model_parallel_group())
+    return list({(layer, *values): (layer, values) for peer in peers for layer, values in peer}.values())
 
 
 def _effective_by_layer(modules: list[TrainableActivation]) -> list[tuple[int, dict[str, float]]]:
     raws = [raw.detach() for module in modules for raw in module.raw_scalars()]
     values = iter(torch.cat(raws).tolist() if raws else [])
     return [
-        (module.layer_number, {param.name: param.effective(next(values)) for param in module.activation.params})
+        (
+            module.layer_number,
+            {_label(module, param.name): param.effective(next(values)) for param in module.activation.params},
+        )
         for module in modules
     ]
 
 
+def _label(module: TrainableActivation, name: str) -> str:
+    return f"{module.role}.{name}" if module.role else name
+
+
 def _count_parameters(models: list[Any]) -> int:
     """Parameters of the whole model, tied embeddings once; collective over the model-parallel ranks."""
-    count = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
+    counts = torch.zeros(2, dtype=torch.int64, device=torch.cuda.current_device())  # dense, experts of several ranks
     for param in (param for model in models for param in model.parameters()):
+        expert = not getattr(param, "allreduce", True)
+        rank = mpu.get_expert_tensor_parallel_rank() if expert else mpu.get_tensor_model_parallel_rank()
         sharded = getattr(param, "tensor_model_parallel", False)
-        if getattr(param, "shared", False) or (not sharded and mpu.get_tensor_model_parallel_rank() != 0):
+        if getattr(param, "shared", False) or (not sharded and rank != 0):
             continue
-        count += param.numel()
-    torch.distributed.all_reduce(count, group=mpu.get_model_parallel_group())
-    return int(count)
+        counts[int(expert)] += param.numel()
+    torch.distributed.all_reduce(counts[:1], group=mpu.get_model_parallel_group())
+    torch.distributed.all_reduce(counts[1:], group=mpu.get_expert_tensor_model_pipeline_parallel_group())
+    return int(counts.sum())
 
 
 def install(args: Namespace, model_config: Any) -> None:

@@ -32,6 +32,7 @@ from megatron_act import (
     telemetry,
 )
 from megatron_act.activation import activations_of, raw_initial_values
+from megatron_act.checkpoint.experts import check_experts
 from megatron_act.compat import use_built_helpers
 from megatron_act.errors import UserError
 from megatron_act.gpt_step import forward_step
@@ -88,6 +89,8 @@ def _check_files(args: Namespace) -> None:
     """Refuses wrong data and checkpoints; one process per host, or one in all, looks: torchrun ends the others."""
     if args.rank % max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) == 0:
         gpt_data.check_data(args, get_tokenizer().vocab_size)
+    if args.load and args.rank == 0:
+        check_experts(args.load, args)
 
 
 def _stand_alone() -> None:

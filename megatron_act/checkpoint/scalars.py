@@ -8,7 +8,8 @@ from megatron_act.checkpoint.reader import MegatronCheckpoint, has_torch_dist
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
 
-_SCALAR = re.compile(r"(?:^|\.)mlp\.activation_func\.(\w+)$")
+_EXPERTS = r"(?:\.experts\.experts|\.shared_experts)?"  # of a mixture of experts, beside the layer's own scalars
+_SCALAR = re.compile(rf"(?:^|\.)mlp{_EXPERTS}\.activation_func\.(\w+)$")
 STOCK = (("swiglu", "swiglu"), ("quick_geglu", "quick_geglu"), ("squared_relu", "relu2"))  # argument, activation
 
 

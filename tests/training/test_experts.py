@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from training_support import torchrun
+from training_support import Run, Train, torchrun
+
+from megatron_act.checkpoint.reader import MegatronCheckpoint
 
 WORKERS = Path(__file__).parent / "workers"
 BOUND = 1e-10  # of the gradient, fp64
@@ -71,3 +73,140 @@ def test_a_wrong_reduction_gives_wrong_gradients(cases: list[dict], mutant: str)
     mutants = [case for case in cases if case["mutant"] == mutant]
     assert sum(is_caught(case) for case in mutants) >= 10
     assert [label(case) for case in mutants if (error(case) > 1e-3) != is_caught(case)] == []
+
+
+MOE = """
+    --activation xielu --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64
+    --moe-shared-expert-intermediate-size 32 --moe-layer-freq ([0,1,1,1]) --moe-token-dispatcher-type alltoall
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+""".split()  # noqa: SIM905
+EP2 = ["--expert-model-parallel-size", "2"]
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--expert-tensor-parallel-size", "1"]
+LAYOUTS = {"ep1": (1, []), "dp2": (2, []), "ep2": (2, EP2), "tp2_ep2": (2, [*EP2, *TP2])}
+STEPS = 8
+TOLERANCE = 1e-4  # nats, fp32
+WEIGHTS_ONLY = ["--no-load-optim", "--no-load-rng"]
+
+
+def check(run: Run) -> Run:
+    assert run.code == 0, run.log[-3000:]
+    return run
+
+
+def curves(train: Train, sets: list[str], layouts: tuple[str, ...]) -> dict[str, Run]:
+    """The same training in several layouts, all from one checkpoint of initial weights."""
+    initial = check(train(*MOE, *sets, "--train-iters", "1", "--lr", "0", "--min-lr", "0")).checkpoint
+    flags = [*MOE, *sets, "--train-iters", str(STEPS), "--save-interval", "4", "--load", str(initial), "--finetune"]
+    return {name: check(train(*flags, *WEIGHTS_ONLY, *LAYOUTS[name][1], ranks=LAYOUTS[name][0])) for name in layouts}
+
+
+@pytest.fixture(scope="module")
+def shared(train: Train) -> dict[str, Run]:
+    return curves(train, [], ("ep1", "dp2", "ep2", "tp2_ep2"))
+
+
+@pytest.fixture(scope="module")
+def per_expert(train: Train) -> dict[str, Run]:
+    return curves(train, ["--activation-per-expert"], ("ep1", "ep2"))
+
+
+def assert_equal_runs(run: Run, reference: Run) -> None:
+    assert len(reference.losses) == STEPS
+    assert run.losses == pytest.approx(reference.losses, rel=0, abs=TOLERANCE)
+    for ours, theirs in zip(run.steps, reference.steps, strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert set(ours["scalars"]) == set(theirs["scalars"])
+        for name, values in theirs["scalars"].items():
+            assert ours["scalars"][name] == pytest.approx(values, rel=0, abs=TOLERANCE)
+    assert run.records[0]["parameters"] == reference.records[0]["parameters"]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["dp2", "ep2", "tp2_ep2"])
+def test_training_with_shared_scalars_does_not_depend_on_the_layout(shared: dict[str, Run], layout: str) -> None:
+    assert_equal_runs(shared[layout], shared["ep1"])
+
+
+@pytest.mark.distributed
+def test_training_with_scalars_per_expert_does_not_depend_on_expert_parallelism(per_expert: dict[str, Run]) -> None:
+    assert_equal_runs(per_expert["ep2"], per_expert["ep1"])
+
+
+@pytest.mark.distributed
+def test_every_set_of_scalars_moves(shared: dict[str, Run], per_expert: dict[str, Run]) -> None:
+    experts = [f"expert_{number}." for number in range(4)]
+    for run, prefixes, routed in ((shared["ep2"], [""], 4), (per_expert["ep2"], experts, 3)):
+        last = run.steps[-1]["scalars"]
+        for prefix in [*prefixes, "shared_experts."]:
+            for name in ("alpha_p", "alpha_n"):
+                assert len(last[prefix + name]) == (3 if prefix == "shared_experts." else routed)
+                assert min(abs(value - 0.8) for value in last[prefix + name]) > TOLERANCE
+        assert max(abs(value - 0.8) for values in last.values() for value in values) > 0.02
+    assert len(per_expert["ep2"].steps[-1]["scalars"]["alpha_p"]) == 1  # the dense layer
+
+
+@pytest.mark.distributed
+def test_all_mlps_are_counted(shared: dict[str, Run], per_expert: dict[str, Run]) -> None:
+    """A dense layer and three with shared experts: 1 + 3 x (routed + 1) sets of scalars."""
+    line = "> megatron-act: xielu in 4 layers of this rank"
+    assert f"{line} (7 sets of scalars)" in shared["ep2"].log
+    assert f"{line} (16 sets of scalars)" in per_expert["ep1"].log
+    assert f"{line} (10 sets of scalars)" in per_expert["ep2"].log
+
+
+def scalar_keys(run: Run) -> set[str]:
+    keys = tuple(MegatronCheckpoint(run.checkpoint).keys())
+    return {key for key in keys if "activation_func" in key and "optim" not in key}
+
+
+@pytest.mark.distributed
+def test_checkpoint_keys_do_not_depend_on_expert_parallelism(
+    shared: dict[str, Run], per_expert: dict[str, Run]
+) -> None:
+    for runs, routed, shape in ((shared, "mlp", (1,)), (per_expert, "mlp.experts.experts", (4, 1))):
+        keys = [scalar_keys(run) for run in runs.values()]
+        assert all(found == keys[0] for found in keys)
+        assert f"decoder.layers.2.{routed}.activation_func.alpha_p" in keys[0]
+        for run in runs.values():
+            stored = MegatronCheckpoint(run.checkpoint).tensor(f"decoder.layers.2.{routed}.activation_func.alpha_p")
+            assert tuple(stored.shape) == shape
+
+
+def resumed(train: Train, run: Run, folder: Path, *flags: str, ranks: int) -> Run:
+    """Continues ``run`` from its checkpoint at step 4."""
+    (folder / "iter_0000004").symlink_to(run.checkpoint / "iter_0000004")
+    (folder / "latest_checkpointed_iteration.txt").write_text("4")
+    done = check(train(*MOE, "--train-iters", str(STEPS), "--load", str(folder), *flags, ranks=ranks))
+    assert [step["iteration"] for step in done.steps] == [5, 6, 7, 8]
+    return done
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("sets", [[], ["--activation-per-expert"]], ids=["shared", "per_expert"])
+def test_saved_at_ep2_the_model_is_the_same_at_ep1(
+    shared: dict[str, Run], per_expert: dict[str, Run], train: Train, tmp_path: Path, sets: list[str]
+) -> None:
+    run = per_expert["ep2"] if sets else shared["ep2"]
+    done = resumed(train, run, tmp_path, *sets, *WEIGHTS_ONLY, ranks=1)
+    assert done.losses[0] == pytest.approx(run.losses[4], rel=0, abs=TOLERANCE)
+
+
+@pytest.mark.distributed
+def test_resuming_at_the_same_expert_parallelism_repeats_the_run(
+    per_expert: dict[str, Run], train: Train, tmp_path: Path
+) -> None:
+    done = resumed(train, per_expert["ep2"], tmp_path, "--activation-per-expert", *EP2, ranks=2)
+    for ours, reference in zip(done.steps, per_expert["ep2"].steps[4:], strict=True):
+        assert (ours["loss"], ours["scalars"]) == (reference["loss"], reference["scalars"])
+
+
+@pytest.mark.distributed
+def test_experts_that_keep_their_scalars_or_optimizer_otherwise_are_refused(
+    shared: dict[str, Run], train: Train
+) -> None:
+    load = ["--load", str(shared["ep2"].checkpoint), "--train-iters", "9"]
+    other_scalars = train(*MOE, *load, "--activation-per-expert")
+    other_optimizer = train(*MOE, *load)
+    assert "expected scalars per expert, got a checkpoint with one set of scalars per layer" in other_scalars.log
+    assert "Megatron cannot reshard it" in other_optimizer.log and "--no-load-optim" in other_optimizer.log
+    assert "Traceback" not in other_scalars.log.split("error:")[0]

@@ -10,6 +10,7 @@ from training_support import MODEL_FLAGS, ROOT, Train, environment
 
 WORKER = Path(__file__).parent / "workers" / "refusals.py"
 XIELU = ["--cpu", *MODEL_FLAGS, "--activation", "xielu", "--train-iters", "1", "--mock-data"]
+MOE = [*XIELU, "--num-experts", "4", "--moe-token-dispatcher-type", "allgather"]
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127"]
 
 EARLY = {
@@ -22,7 +23,19 @@ EARLY = {
     "init of another scalar": ([*XIELU, "--activation-init", "eps=0.1"], ["eps", "alpha_p, alpha_n"]),
     "init out of range": ([*XIELU, "--activation-init", "alpha_n=0.4"], ["alpha_n", "> 0.5", "0.4"]),
     "two choices of layers": ([*XIELU, "--spec", "megatron_act.specs", "crrelu"], ["--spec", "remove one"]),
-    "experts": ([*XIELU, "--num-experts", "4"], ["--num-experts", "not supported"]),
+    "scalars per expert without experts": ([*XIELU, "--activation-per-expert"], ["--num-experts N", "remove the flag"]),
+    "scalars per expert in grouped GEMMs": (
+        [*MOE, "--activation-per-expert", "--moe-grouped-gemm"],
+        ["--moe-grouped-gemm", "remove one"],
+    ),
+    "expert ffn not divisible": (
+        [*MOE, "--moe-ffn-hidden-size", "97", "--expert-tensor-parallel-size", "2"],
+        ["--moe-ffn-hidden-size", "97", "2"],
+    ),
+    "unequal shares on gloo": (
+        [*MOE, "--tensor-model-parallel-size", "2", "--moe-token-dispatcher-type", "alltoall"],
+        ["gloo", "allgather"],
+    ),
     "op fuser": ([*XIELU, "--use-transformer-engine-op-fuser"], ["--use-transformer-engine-op-fuser", "remove it"]),
     "no micro batch": ([w for w in XIELU if w not in ("--micro-batch-size", "4")], ["micro_batch_size"]),
     "no device": ([word for word in XIELU if word != "--cpu"], ["CUDA device", "--cpu"]),
