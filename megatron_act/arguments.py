@@ -109,17 +109,19 @@ def config_to_argv(flags: dict[str, ConfigValue], parser: argparse.ArgumentParse
         action = actions[flag]
         if action.dest in present:
             continue
-        words += _words(flag, value, switch=action.nargs == 0)
+        words += _words(flag, value, action)
     return words
 
 
-def _words(flag: str, value: ConfigValue, switch: bool) -> list[str]:
-    if switch and not isinstance(value, bool):
+def _words(flag: str, value: ConfigValue, action: argparse.Action) -> list[str]:
+    if action.nargs != 0:
+        return model_args.to_words({flag: value})
+    if not isinstance(value, bool):
         raise UserError(f"--config: expected true or false for the switch {flag}, got {value!r}")
-    if switch:
-        return [flag] if value else []
-    values = value if isinstance(value, list) else [value]
-    return [flag, *(str(item) for item in values)]
+    negatives = [word for word in action.option_strings if word.startswith("--no-")]
+    if not value and isinstance(action, argparse.BooleanOptionalAction):
+        return negatives
+    return [flag] if value else []
 
 
 def peek(argv: list[str]) -> tuple[dict[str, ConfigValue], bool]:

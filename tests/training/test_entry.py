@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from training_support import MODEL_FLAGS, Train, torchrun
 
 from megatron_act import arguments
@@ -34,11 +35,15 @@ def test_spec_from_a_megatron_lm_entry_trains_the_same_model(train: Train, data_
 def test_config_file_trains_and_the_command_line_wins(train: Train, tmp_path: Path) -> None:
     config = tmp_path / "run.yaml"
     config.write_text("MODEL_ARGS:\n  --activation: crrelu\n  --train-iters: 7\n  --activation-init: [eps=0.3]\n")
-    run = train("--config", str(config), "--train-iters", "2", "--lr", "0", "--min-lr", "0")
+    board = ["--tensorboard-dir", str(tmp_path / "board"), "--check-for-spiky-loss"]
+    run = train("--config", str(config), "--train-iters", "2", "--lr", "0", "--min-lr", "0", *board)
     assert run.code == 0, run.log[-3000:]
     assert run.records[0]["activation"] == "crrelu"
     assert [step["iteration"] for step in run.steps] == [1, 2]
     assert run.steps[-1]["scalars"] == {"eps": pytest.approx([0.3] * 4, abs=1e-7)}
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert {f"activation/eps/layer_{layer}" for layer in (1, 2, 3, 4)} <= set(events.Tags()["scalars"])
+    assert [event.value for event in events.Scalars("activation/eps/layer_3")] == pytest.approx([0.3, 0.3])
 
 
 def test_our_flags_are_frozen() -> None:
