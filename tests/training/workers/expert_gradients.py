@@ -6,6 +6,7 @@ and with each of ``MUTANTS``. Rank 0 prints one JSON list of cases with every ra
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules  # noqa: E402
 from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, TEGroupedMLP  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer  # noqa: E402
@@ -54,6 +56,7 @@ LAYOUTS = (
     Layout(2, 4, 1, "alltoall"),
     Layout(1, 2, 2, "allgather"),
 )
+GROUPED_LAYOUTS = tuple(layout for layout in LAYOUTS if layout.etp == 1 and layout.tp <= layout.ep)
 MUTANTS = ("none", "no tensor sum", "other buffer", "also over experts")
 
 
@@ -112,7 +115,19 @@ def start(layout: Layout) -> None:
     model_parallel_cuda_manual_seed(1, force_reset_rng=True)
 
 
-def build(layout: Layout, per_expert: bool) -> Any:
+class GroupedLinear(torch.nn.Module):
+    """What TEGroupedMLP needs of Transformer Engine's grouped GEMM, by plain torch: one weight per local expert."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int, *, config: TransformerConfig, **_: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(experts, outputs, inputs))
+        self.weight.allreduce = config.expert_model_parallel_size == config.tensor_model_parallel_size == 1
+
+    def forward(self, x: torch.Tensor, tokens: list[int]) -> tuple[torch.Tensor, None]:
+        return torch.cat([part @ w.T for part, w in zip(x.split(tokens), self.weight, strict=True)]), None
+
+
+def build(layout: Layout, per_expert: bool, grouped: bool) -> Any:
     config = TransformerConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -134,6 +149,9 @@ def build(layout: Layout, per_expert: bool) -> Any:
         sequence_parallel=layout.tp > 1,
     )
     stock = ModuleSpec(module=TransformerLayer, submodules=get_gpt_layer_local_submodules(num_experts=EXPERTS))
+    if grouped:
+        linears = GroupedMLPSubmodules(GroupedLinear, GroupedLinear)
+        stock.submodules.mlp.keywords["submodules"].experts = partial(TEGroupedMLP, submodules=linears)
     spec = specs.with_activation(stock, NAME, config, per_expert=per_expert)
     groups = ProcessGroupCollection.use_mpu_process_groups()
     layer = spec.submodules.mlp(config=config, pg_collection=groups, is_mtp_layer=False)
@@ -154,11 +172,19 @@ def fill(layer: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
     layer.shared_experts.linear_fc1.weight.copy_(shard(given["shared_w1"], 0, *tp))
     layer.shared_experts.linear_fc2.weight.copy_(shard(given["shared_w2"], 1, *tp))
     sets = {"shared experts": layer.shared_experts.activation_func}
+    if isinstance(layer.experts, TEGroupedMLP):
+        layer.experts.linear_fc1.weight.copy_(given["w1"][layer.local_expert_indices])
+        layer.experts.linear_fc2.weight.copy_(given["w2"][layer.local_expert_indices])
+        return fill_scalars({**sets, "layer": layer.activation_func})
     for number, expert in zip(layer.local_expert_indices, layer.experts.local_experts, strict=True):
         expert.linear_fc1.weight.copy_(shard(given["w1"][number], 0, *etp))
         expert.linear_fc2.weight.copy_(shard(given["w2"][number], 1, *etp))
         own = expert.activation_func is not getattr(layer, "activation_func", None)
         sets[f"expert {number}" if own else "layer"] = expert.activation_func
+    return fill_scalars(sets)
+
+
+def fill_scalars(sets: dict[str, Any]) -> dict[str, Any]:
     for name, module in sets.items():
         values = raw_values(int(name[7:]) if name.startswith("expert") else None)
         for raw, value in zip(module.raw_scalars(), values, strict=True):
@@ -166,9 +192,11 @@ def fill(layer: Any, given: dict[str, torch.Tensor]) -> dict[str, Any]:
     return sets
 
 
-def gradients(layout: Layout, per_expert: bool, mutant: str, given: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+def gradients(
+    layout: Layout, per_expert: bool, mutant: str, given: dict[str, torch.Tensor], grouped: bool = False
+) -> dict[str, list[float]]:
     """This rank's reduced gradients, in the truth's units (Megatron divides by the data-parallel size)."""
-    layer = build(layout, per_expert)
+    layer = build(layout, per_expert, grouped)
     sets = fill(layer, given)
     mutate(layer, mutant)
     options = DistributedDataParallelConfig(overlap_grad_reduce=True)  # asserts that every parameter has a gradient
@@ -201,13 +229,14 @@ def main() -> None:
     given, cases = problem(), []
     for layout in LAYOUTS:
         start(layout)
-        for per_expert, mutant in product((False, True), MUTANTS):
+        todo = [(per_expert, mutant, False) for per_expert, mutant in product((False, True), MUTANTS)]
+        if layout in GROUPED_LAYOUTS:
+            todo.append((False, "none", True))
+        for per_expert, mutant, grouped in todo:
             everyone: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everyone, gradients(layout, per_expert, mutant, given))
-            cases.append(
-                {**vars(layout), "per_expert": per_expert, "mutant": mutant, "ranks": everyone}
-                | {"truth": truth(given, per_expert)}
-            )
+            torch.distributed.all_gather_object(everyone, gradients(layout, per_expert, mutant, given, grouped))
+            kind = {"per_expert": per_expert, "mutant": mutant, "grouped": grouped}
+            cases.append({**vars(layout), **kind, "ranks": everyone, "truth": truth(given, per_expert)})
     if torch.distributed.get_rank() == 0:
         print("REPORT " + json.dumps(cases), flush=True)
     torch.distributed.destroy_process_group()
