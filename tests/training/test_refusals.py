@@ -11,6 +11,8 @@ from training_support import MODEL_FLAGS, ROOT, Train, environment
 WORKER = Path(__file__).parent / "workers" / "refusals.py"
 XIELU = ["--cpu", *MODEL_FLAGS, "--activation", "xielu", "--train-iters", "1", "--mock-data"]
 MOE = [*XIELU, "--num-experts", "4", "--moe-token-dispatcher-type", "allgather"]
+NO_MICRO_BATCH = [word for word in XIELU if word != "--micro-batch-size"]
+NO_MICRO_BATCH.pop(XIELU.index("--micro-batch-size"))  # its value
 NULL = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "127"]
 
 EARLY = {
@@ -37,7 +39,7 @@ EARLY = {
         ["gloo", "allgather"],
     ),
     "op fuser": ([*XIELU, "--use-transformer-engine-op-fuser"], ["--use-transformer-engine-op-fuser", "remove it"]),
-    "no micro batch": ([w for w in XIELU if w not in ("--micro-batch-size", "4")], ["micro_batch_size"]),
+    "no micro batch": (NO_MICRO_BATCH, ["micro_batch_size"]),
     "no device": ([word for word in XIELU if word != "--cpu"], ["CUDA device", "--cpu"]),
     "sft": ([*XIELU, "--sft"], ["--sft", "pretrain_gpt.py"]),
 }
