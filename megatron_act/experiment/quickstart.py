@@ -38,7 +38,7 @@ ARMS = ("swiglu", "relu2", "xielu", "crrelu")
 EXPORTED = ("xielu", "swiglu")
 VOCAB_SIZE = 4096  # a 50k vocabulary would make a 1 M parameter model all logits
 TOKENIZER_DOCUMENTS = 4000  # enough text for 4096 merges, read in a second
-STEPS, QUICK_STEPS = 300, 30
+STEPS, QUICK_STEPS = 240, 30
 PROMPT = "The most important thing about"
 
 
