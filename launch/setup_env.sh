@@ -35,16 +35,16 @@ fi
 "$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 
-# torch first, so that nothing else chooses its build. Without an NVIDIA driver a CPU build is enough: 2.13.0 is the
-# version that the tests ran with.
+# torch first, so that nothing else chooses its build. Without an NVIDIA driver a CPU build is enough; it brings no
+# Triton, so the one that belongs to this torch is named: the tests ran with this pair.
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
   echo "  torch"
   if [[ -n "${TORCH_INDEX_URL:-}" ]]; then
-    "${pip[@]}" install torch --index-url "$TORCH_INDEX_URL"
+    "${pip[@]}" install torch --index-url "$TORCH_INDEX_URL"  # the user's choice; Triton follows below
   elif command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
     "${pip[@]}" install torch
   else
-    "${pip[@]}" install torch==2.13.0
+    "${pip[@]}" install torch==2.13.0 triton==3.7.1
   fi
 fi
 

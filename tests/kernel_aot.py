@@ -98,7 +98,7 @@ def figures(name: str, kind: str, dtype: str, capability: int, gated: bool = Fal
         "data_stores": sorted({o for line in body for o in re.findall(r"STG\S*", line)}),
         "atomics": sorted({o for o in ops if re.match(r"ATOM|RED\b|RED\.|REDG", o)}),
         "local": sorted({o for o in ops if o.startswith(("LDL", "STL"))}),
-        "rounding": sorted(set(re.findall(r"cvt\.\S*bf16\S*", compiled.asm["ptx"]))),
+        "rounding": sorted(set(re.findall(r"(?:cvt|mul|fma)\.\S*bf16\S*", compiled.asm["ptx"]))),
         "ex2_per_element": sum("MUFU.EX2" in line for line in body) / elements,
         "rcp_per_element": sum("MUFU.RCP" in line for line in body) / elements,
     }  # fmt: skip

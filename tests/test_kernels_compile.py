@@ -84,13 +84,18 @@ def test_registers(compiled):
 def test_instruction_budget(compiled):
     for row in rows(compiled, capability=90, dtype="bf16", extras=""):
         budget = SHARE.get(row["name"], 0.7) * ISSUE_PER_BYTE * BYTES[row["kind"], row["gated"]]
-        assert 3.0 < row["per_element"] <= budget, f"{label(row)}: {row['per_element']:.1f} of {budget:.1f}"
+        assert 1.5 < row["per_element"] <= budget, f"{label(row)}: {row['per_element']:.1f} of {budget:.1f}"
 
 
 def test_bf16_rounds_to_nearest(compiled):
     for row in rows(compiled, dtype="bf16"):
-        stores = [r for r in row["rounding"] if r.startswith("cvt.") and "bf16x2.f32" in r]
-        assert stores == ["cvt.rn.bf16x2.f32"] or row["name"] == "relu", (label(row), row["rounding"])
+        stores = [r for r in row["rounding"] if not r.startswith("cvt.f32")]  # to fp32 nothing is rounded
+        # a product of two bf16 numbers is exact in fp32, so relu2 may be one bf16 multiplication; relu rounds nothing
+        assert stores or row["name"] == "relu", (label(row), row["rounding"])
+        nearest = [
+            r for r in stores if ".rn." in r or r.startswith("mul.bf16")
+        ]  # PTX: mul rounds to nearest by default
+        assert nearest == stores, (label(row), row["rounding"])
 
 
 def test_transcendentals_are_the_fast_ones(compiled):

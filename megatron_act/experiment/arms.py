@@ -216,7 +216,7 @@ def _baseline(content: Any, base: Flags) -> tuple[str, int]:
     given = _mapping("baseline", content or {}, ("activation", "ffn_hidden_size"))
     activation = given.get("activation") or model_args.activation(base)
     width = given.get("ffn_hidden_size") or base.get("--ffn-hidden-size")
-    if "ffn_hidden_size" not in given and activation != model_args.activation(base):
+    if width and "ffn_hidden_size" not in given and activation != model_args.activation(base):
         raise UserError(
             f"baseline: expected ffn_hidden_size with activation {activation}, which is not the base's, got none"
         )

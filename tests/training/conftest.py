@@ -2,9 +2,10 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import pytest
-from training_support import MODEL_FLAGS, Run, Train, torchrun
+from training_support import INITIAL, MODEL_FLAGS, Run, Train, torchrun
 
 from megatron_act.data import sample_path
 from megatron_act.data.bpe import train_bpe
@@ -25,15 +26,27 @@ def data_flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="session")
 def train(data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """``train("--activation", "xielu", ranks=2)``: the entry point with a tiny model on real text."""
+    """``train("--activation", "xielu", ranks=2)``: the entry point with a tiny model on real text.
+
+    Saving takes seconds: only runs with ``--save-interval`` among their flags do.
+    """
 
     def run(*flags: str, ranks: int = 1, entry: tuple[str, ...] = ("-m", "megatron_act.pretrain_gpt")) -> Run:
         folder = tmp_path_factory.mktemp("run")
         metrics = folder / "metrics.jsonl"
         words = [*entry, "--cpu", *MODEL_FLAGS, *data_flags, "--metrics-jsonl", str(metrics)]
-        done = torchrun(*words, "--save", str(folder / "checkpoint"), "--save-interval", "100000", *flags, ranks=ranks)
+        saving = ["--save", str(folder / "checkpoint")] if "--save-interval" in flags else []
+        done = torchrun(*words, *saving, *flags, ranks=ranks)
         (folder / "log.txt").write_text(done.stdout)
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         return Run(folder, done.returncode, done.stdout, [json.loads(line) for line in lines])
 
     return run
+
+
+@pytest.fixture(scope="session")
+def initial(train: Train) -> Path:
+    """A checkpoint of xIELU's initial weights for all layouts: pipeline stages would draw from seeds of their own."""
+    run = train("--activation", "xielu", *INITIAL)
+    assert run.code == 0, run.log[-2000:]
+    return run.checkpoint

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import MODEL_FLAGS, Train, torchrun
+from training_support import MODEL_FLAGS, SAVE, Train, torchrun
 
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 
@@ -42,7 +42,7 @@ def test_a_resumed_bf16_run_equals_the_uninterrupted_one_bit_for_bit(train: Trai
 
 
 def test_the_distributed_optimizer_saves_fp32_scalars(train: Train) -> None:
-    run = train(*TP2, "--use-distributed-optimizer", "--train-iters", "2", ranks=2)
+    run = train(*TP2, "--use-distributed-optimizer", "--train-iters", "2", *SAVE, ranks=2)
     assert run.code == 0, run.log[-3000:]
     checkpoint = MegatronCheckpoint(run.checkpoint)
     stored = checkpoint.tensor("decoder.layers.mlp.activation_func.alpha_p")

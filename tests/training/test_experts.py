@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from training_support import Run, Train, torchrun
+from training_support import INITIAL, Run, Train, torchrun
 
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 
@@ -103,7 +103,7 @@ def check(run: Run) -> Run:
 
 def curves(train: Train, sets: list[str], layouts: tuple[str, ...]) -> dict[str, Run]:
     """The same training in several layouts, all from one checkpoint of initial weights."""
-    initial = check(train(*MOE, *sets, "--train-iters", "1", "--lr", "0", "--min-lr", "0")).checkpoint
+    initial = check(train(*MOE, *sets, *INITIAL)).checkpoint
     flags = [*MOE, *sets, "--train-iters", str(STEPS), "--save-interval", "4", "--load", str(initial), "--finetune"]
     return {name: check(train(*flags, *WEIGHTS_ONLY, *LAYOUTS[name][1], ranks=LAYOUTS[name][0])) for name in layouts}
 

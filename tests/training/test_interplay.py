@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_support import MODEL_FLAGS, ROOT, Run, Train, environment
+from training_support import MODEL_FLAGS, ROOT, SAVE, Run, Train, environment
 
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 
@@ -44,7 +44,7 @@ def trained(run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def recomputing(train: Train) -> Run:
-    return trained(train(*TP2, AGAIN, ranks=2))
+    return trained(train(*TP2, AGAIN, *SAVE, ranks=2))
 
 
 def test_recompute_changes_nothing_in_experts(train: Train) -> None:
@@ -59,12 +59,12 @@ def test_recompute_changes_nothing_in_experts(train: Train) -> None:
 
 @pytest.fixture(scope="module")
 def gelu(train: Train) -> Run:
-    return trained(train("--train-iters", "1"))
+    return trained(train("--train-iters", "1", *SAVE))
 
 
 @pytest.fixture(scope="module")
 def plain(train: Train) -> Run:
-    return trained(train(*TP2, "--async-save", "--async-strategy", "mcore", ranks=2))
+    return trained(train(*TP2, *SAVE, "--async-save", "--async-strategy", "mcore", ranks=2))
 
 
 @pytest.mark.parametrize("flags", [None, [AGAIN, *FULL], [AGAIN, *SELECTIVE]], ids=["none", "full", "selective"])
@@ -106,7 +106,7 @@ def test_finetune_starts_at_zero_with_weights_and_scalars(train: Train, recomput
 
 def test_missing_scalars_are_filled_and_named(train: Train, gelu: Run) -> None:
     flags = ["--activation-init-missing", "--finetune", "--load", str(gelu.checkpoint), *STILL, "--train-iters", "1"]
-    run = trained(train(*XIELU, *flags))
+    run = trained(train(*XIELU, *flags, *SAVE))
     line = "weights of a gelu checkpoint (its scalars, ignored: none); filled in 4 activations of this rank: "
     assert line + "alpha_p=0.7, alpha_n=0.9" in run.log
     old, new = MegatronCheckpoint(gelu.checkpoint), MegatronCheckpoint(run.checkpoint)

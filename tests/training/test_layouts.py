@@ -18,14 +18,6 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def initial(train: Train) -> Path:
-    """A checkpoint of the initial weights for all layouts: pipeline stages would draw from seeds of their own."""
-    run = train("--activation", "xielu", "--train-iters", "1", "--lr", "0", "--min-lr", "0")
-    assert run.code == 0, run.log[-2000:]
-    return run.checkpoint
-
-
-@pytest.fixture(scope="module")
 def runs(train: Train, initial: Path) -> dict[str, Run]:
     start = ["--load", str(initial), "--finetune", "--no-load-optim", "--no-load-rng"]
     save = ["--save-interval", "10"]

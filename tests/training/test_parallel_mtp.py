@@ -1,7 +1,7 @@
 """Multi-token prediction layers have the activation too, with scalars that train equally in other layouts."""
 
 import pytest
-from training_support import Train
+from training_support import INITIAL, Train
 
 pytestmark = pytest.mark.distributed
 
@@ -12,7 +12,7 @@ TP2_PP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeli
 
 def test_a_prediction_layer_trains_scalars_of_its_own(train: Train) -> None:
     common = ["--activation", "xielu", *MTP]
-    first = train(*common, "--train-iters", "1", "--lr", "0", "--min-lr", "0")
+    first = train(*common, *INITIAL)
     assert first.code == 0, first.log[-3000:]
     start = ["--load", str(first.checkpoint), "--finetune", "--no-load-optim", "--no-load-rng", *STEPS]
     one, many = train(*common, *start), train(*common, *start, *TP2_PP2, ranks=4)

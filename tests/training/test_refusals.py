@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from training_support import MODEL_FLAGS, ROOT, Train, environment
+from training_support import MODEL_FLAGS, ROOT, SAVE, Train, environment
 
 WORKER = Path(__file__).parent / "workers" / "refusals.py"
 XIELU = ["--cpu", *MODEL_FLAGS, "--activation", "xielu", "--train-iters", "1", "--mock-data"]
@@ -126,7 +126,7 @@ def test_missing_tokenizer_is_refused(data_flags: list[str], tmp_path: Path) -> 
 
 @pytest.mark.distributed
 def test_a_checkpoint_without_the_scalars_is_refused(train: Train, data_flags: list[str], tmp_path: Path) -> None:
-    swiglu = train("--swiglu", "--train-iters", "1")
+    swiglu = train("--swiglu", "--train-iters", "1", *SAVE)
     assert swiglu.code == 0, swiglu.log[-2000:]
     line = refused_line([*data_flags, "--load", str(swiglu.checkpoint)], tmp_path)
     assert "xielu" in line and "swiglu" in line and "alpha_p" in line

@@ -16,6 +16,8 @@ MODEL_FLAGS = """
     --init-method-std 0.05 --embedding-init-method-std 1.0 --eval-iters 0 --eval-interval 1000 --log-interval 1
     --ckpt-format torch_dist --distributed-timeout-minutes 2
 """.split()  # noqa: SIM905
+SAVE = ["--save-interval", "100000"]  # a checkpoint at the end; without it the runs of `train` save none
+INITIAL = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", *SAVE]  # a checkpoint of the initial weights
 
 
 @dataclass
