@@ -58,7 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--cpu", action="store_true", help="train on the CPU with gloo (development and tests)")
     group.add_argument("--metrics-jsonl", metavar="FILE", help="write loss, scalars and speed of each logged step here")
     parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
+    parser.formatter_class = _Help
     return parser
+
+
+class _Help(argparse.HelpFormatter):
+    """Prints help texts with a bare % sign as they are: Megatron has some, and argparse takes it for a format."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError, KeyError):
+            return action.help or ""
 
 
 def _one_line_error(parser: argparse.ArgumentParser, message: str) -> NoReturn:

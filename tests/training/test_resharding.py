@@ -31,7 +31,7 @@ def saved(train: Train) -> dict[str, Run]:
     return {layout: xielu(train, layout, "--save-interval", str(SAVED)) for layout in LAYOUTS}
 
 
-@pytest.mark.parametrize(("source", "target"), itertools.permutations(LAYOUTS, 2))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(LAYOUTS, 2)))
 def test_resuming_continues_the_run(
     source: str, target: str, saved: dict[str, Run], train: Train, tmp_path: Path
 ) -> None:

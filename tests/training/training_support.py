@@ -14,7 +14,7 @@ MODEL_FLAGS = """
     --disable-bias-linear --untie-embeddings-and-output-weights --attention-dropout 0 --hidden-dropout 0
     --micro-batch-size 4 --global-batch-size 8 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --weight-decay 0.1
     --init-method-std 0.05 --embedding-init-method-std 1.0 --eval-iters 0 --eval-interval 1000 --log-interval 1
-    --ckpt-format torch_dist --distributed-timeout-minutes 2
+    --ckpt-format torch_dist --distributed-timeout-minutes 2 --num-workers 0
 """.split()  # noqa: SIM905
 SAVE = ["--save-interval", "100000"]  # a checkpoint at the end; without it the runs of `train` save none
 INITIAL = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", *SAVE]  # a checkpoint of the initial weights
