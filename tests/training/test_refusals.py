@@ -96,7 +96,7 @@ def test_config_files_that_cannot_work_are_refused_in_one_line(case: str, tmp_pa
 def test_help_is_complete_without_cpu_flag_or_gpu(tmp_path: Path) -> None:
     done = entry(["--help"], tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    words = ["--activation-init", "--metrics-jsonl", "--tensor-model-parallel-size", "xielu, "]
+    words = ["--activation-init", "--metrics-jsonl", "--tensor-model-parallel-size", "xiprelup"]
     assert [word for word in words if word not in done.stdout] == []
 
 
