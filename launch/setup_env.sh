@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv in the repository with everything the project needs. Idempotent: a finished environment is left alone.
 #
-#   PYTHON             interpreter to build it with (default python3; 3.11 or newer)
+#   PYTHON             interpreter to build it with, 3.11 or newer (default: the environment's own, else python3)
 #   TORCH_INDEX_URL    package index for torch, e.g. one that serves CPU builds
 #   MEGATRON_ACT_VENV  folder of the environment (default .venv in the repository)
 set -euo pipefail
@@ -9,6 +9,9 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${MEGATRON_ACT_VENV:-$root/.venv}"
 python="${PYTHON:-python3}"
+if [[ -z "${PYTHON:-}" ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  python="$venv/bin/python"
+fi
 megatron="megatron-core==0.19.2"
 stamp="$venv/.megatron-act-ready"
 
@@ -29,10 +32,9 @@ if [[ -f "$stamp" && "$(cat "$stamp")" == "$want" ]]; then
 fi
 
 echo "setting up $venv (once; a few minutes)"
-if [[ -x "$venv/bin/python" && "$("$venv/bin/python" --version 2>&1)" != "$("$python" --version 2>&1)" ]]; then
-  rm -rf "$venv"
+if [[ "$python" != "$venv/bin/python" ]]; then
+  "$python" -m venv --clear "$venv"
 fi
-"$python" -m venv "$venv"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 
 # torch first, so that nothing else chooses its build. Without an NVIDIA driver a CPU build is enough; it brings no
