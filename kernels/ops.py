@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from megatron_act.kernels import registry
-from megatron_act.kernels.template import bwd_kernel, fwd_kernel
+from megatron_act.kernels.template import bwd_kernel, fwd_kernel, sum_kernel
 
 INTERPRETED = not isinstance(fwd_kernel, triton.runtime.JITFunction)  # TRITON_INTERPRET=1 at the first import
 BLOCK = 1024  # columns of a program: 8 elements (16 bytes of bf16) for each of 128 threads
@@ -15,7 +15,7 @@ WARPS = 4
 FORWARD_ROWS = 8  # rows of a program: softplus of the parameters once for 64 elements of a thread
 BACKWARD_ROWS = 16  # 16 terms a lane keep fp32 sums within 1e-6 of the sum of absolute terms
 SMALL = 1 << 20  # elements; below, a GPU is not full: more and shorter programs
-
+SUM_BLOCK, SUM_WARPS = 4096, 16  # the second stage: one program reads the partials of 67 million elements at once
 
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # Triton's default for fusion changes from 3.10 on
 
@@ -49,10 +49,12 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _softplus(name: str) -> tuple[bool, ...]:
+    return tuple(p.constrain == "softplus" for p in registry.get(name).params)
+
+
 def _constants(name: str, gated: bool) -> dict[str, Any]:
-    spec = registry.get(name).params
-    soft, offset = tuple(p.constrain == "softplus" for p in spec), tuple(p.offset for p in spec)
-    return {"FWD": registry.get(name).fwd, "SOFTPLUS": soft, "OFFSET": offset, "GATED": gated, "BLOCK": BLOCK, **LAUNCH}
+    return {"FWD": registry.get(name).fwd, "SOFTPLUS": _softplus(name), "GATED": gated, "BLOCK": BLOCK, **LAUNCH}
 
 
 def _value_like(x: Tensor, gated: bool) -> Tensor:
@@ -99,16 +101,20 @@ def activation_backward_op(
     fp32 = x.new_empty((), dtype=torch.float32)
     partial = fp32.new_empty((len(params), view.grid[0] * view.grid[1]))
     dbias = None if bias is None else fp32.new_empty((view.grid[0], bias.numel()))
-    dweights = None if weights is None else fp32.new_empty((view.grid[1], weights.numel()))
+    dweights = None if weights is None else fp32.new_empty((weights.numel(), view.grid[1]))
     with torch.cuda.device_of(x):
         bwd_kernel[view.grid](
             vx, bias, weights, vg, outputs[0], outputs[-1] if value else None, P=tuple(params),
             PARTIAL=partial, DBIAS=dbias, DW=dweights, cols=view.cols, n=view.n, stride_x=stride_x, stride_g=stride_g,
             BWD=registry.get(name).bwd, ROWS=view.rows_each, **_constants(name, gated),
         )  # fmt: skip
-    totals = _raw_sums(name, partial, params)
-    totals += [t.sum(0, dtype=torch.float64) for t in (dbias, dweights) if t is not None]
-    for out, total in zip(outputs[1:], totals, strict=False):  # y, where wanted, is already written
+        if params:
+            sum_kernel[(1,)](
+                partial, tuple(params), tuple(outputs[1 : 1 + len(params)]), partial.shape[1],
+                SOFTPLUS=_softplus(name), BLOCK=SUM_BLOCK, num_warps=SUM_WARPS,
+            )  # fmt: skip
+    totals = [t.sum(axis, dtype=torch.float64) for axis, t in ((0, dbias), (1, dweights)) if t is not None]
+    for out, total in zip(outputs[1 + len(params) :], totals, strict=False):  # y, where wanted, is already written
         out.copy_(total.reshape(out.shape))
     return outputs
 
@@ -120,14 +126,6 @@ def _gradient_outputs(
     like = [t for t in (*params, bias, weights) if t is not None]
     grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in like]
     return [dx, *grads, *([_value_like(x, gated)] if value else [])]
-
-
-def _raw_sums(name: str, partial: Tensor, params: list[Tensor]) -> list[Tensor]:
-    """dL/draw of each parameter: fp64 sum of the partials, then the constraint's derivative, once."""
-    totals = partial.sum(1, dtype=torch.float64)
-    soft = [p.constrain == "softplus" for p in registry.get(name).params]
-    chain = [torch.sigmoid(raw.double()).reshape(()) if s else 1.0 for s, raw in zip(soft, params, strict=True)]
-    return [total * c for total, c in zip(totals, chain, strict=True)]
 
 
 @activation_backward_op.register_fake

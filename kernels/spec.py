@@ -58,8 +58,10 @@ class Activation:
     """An activation function: one formula, as Triton functions for the kernels and as torch functions.
 
     ``fwd(x, p) -> y`` and ``bwd(x, g, p) -> (dx, dp)`` are ``@triton.jit`` functions of fp32 values; ``p`` is the tuple
-    of effective parameters, ``g`` the incoming gradient, ``dp`` the tuple of each parameter's integrand times ``g``.
-    ``torch_fwd(x, *p) -> y`` and ``torch_bwd(x, g, *p) -> (dx, dp)`` are the same formulas on tensors.
+    of effective parameters less their offsets (the formula adds them where the sum's rounding does no harm), ``g`` the
+    incoming gradient, ``dp`` the tuple of each parameter's integrand times ``g``.
+    ``torch_fwd(x, *p) -> y`` and ``torch_bwd(x, g, *p) -> (dx, dp)`` are the same formulas on tensors; here ``p`` are
+    the effective parameters themselves.
     """
 
     name: str

@@ -21,36 +21,62 @@ from megatron_act.kernels.device_math import softplus
 
 
 @triton.jit
-def load_params(P, SOFTPLUS: tl.constexpr, OFFSET: tl.constexpr):
-    """Effective parameters as fp32 scalars: offset + softplus(raw), or the raw value."""
+def load_params(P, SOFTPLUS: tl.constexpr):
+    """Parameters as fp32 scalars: softplus(raw), or the raw value. Offsets are the formulas': a sum rounds."""
     values = ()
     for j in tl.static_range(len(P)):
         raw = tl.load(P[j]).to(tl.float32)
         if SOFTPLUS[j]:
-            raw = softplus(raw) + OFFSET[j]
+            raw = softplus(raw)
         values = values + (raw,)
     return values
 
 
 @triton.jit
-def zeros(P, BLOCK: tl.constexpr):
-    """One fp32 accumulator of BLOCK / 4 lanes per parameter."""
+def zeros(count: tl.constexpr, lanes: tl.constexpr):
+    """``count`` fp32 accumulators."""
     sums = ()
-    for _ in tl.static_range(len(P)):
-        sums = sums + (tl.zeros([BLOCK // 4], dtype=tl.float32),)
+    for _ in tl.static_range(count):
+        sums = sums + (tl.zeros([lanes], dtype=tl.float32),)
     return sums
 
 
 @triton.jit
 def add(sums, terms):
-    """Adds each parameter's terms, four neighbours first: a thread holds them, and a fourth of the accumulators.
-
-    Where the mask is off they are 0 because g is.
-    """
+    """Adds tuples of equal shapes."""
     totals = ()
     for j in tl.static_range(len(sums)):
-        totals = totals + (sums[j] + tl.sum(tl.reshape(terms[j], [terms[j].shape[0] // 4, 4]), 1),)
+        totals = totals + (sums[j] + terms[j],)
     return totals
+
+
+@triton.jit
+def pairs(terms):
+    """Each tensor with neighbours added: a thread holds both."""
+    totals = ()
+    for j in tl.static_range(len(terms)):
+        totals = totals + (tl.sum(tl.reshape(terms[j], [terms[j].shape[0] // 2, 2]), 1),)
+    return totals
+
+
+@triton.jit
+def halves(t):
+    return tl.split(tl.reshape(t, [t.shape[0] // 2, 2]))
+
+
+@triton.jit
+def quarters(t):
+    """Four tensors of every fourth element. A thread holds eight neighbours, two of each: nothing moves."""
+    even, odd = halves(t)
+    return halves(even) + halves(odd)
+
+
+@triton.jit
+def whole(q):
+    """Inverse of :func:`quarters`."""
+    even, odd = tl.join(q[0], q[1]), tl.join(q[2], q[3])
+    half: tl.constexpr = q[0].shape[0] * 2
+    return tl.reshape(tl.join(tl.reshape(even, [half]), tl.reshape(odd, [half])), [half * 2])
 
 
 @triton.jit
@@ -62,11 +88,11 @@ def load(X, mask):
 @triton.jit
 def fwd_kernel(
     X, BIAS, W, Y, P, cols, n, stride,
-    FWD: tl.constexpr, SOFTPLUS: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr,
+    FWD: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Y[r, c] = y; Y is contiguous."""
-    p = load_params(P, SOFTPLUS, OFFSET)
+    p = load_params(P, SOFTPLUS)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if BIAS is not None:
         bias = load(BIAS + col, col < cols)
@@ -91,59 +117,90 @@ def fwd_kernel(
 
 
 @triton.jit
+def bwd_elements(
+    x, up, g, w, p,
+    FWD: tl.constexpr, BWD: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """(dx, dup, y, parameters' terms, (dweight's term,)) of some elements; placeholders for what is not wanted."""
+    y = x
+    dup = x
+    dw = ()
+    if GATED or WEIGHTED or VALUE:
+        v = FWD(x, p)
+        y = v * up if GATED else v
+        if WEIGHTED:
+            dw = (g * y,)
+            y *= w
+            g *= w
+        if GATED:
+            dup = g * v
+            g *= up
+    dx, terms = BWD(x, g, p)
+    return dx, dup, y, pairs(terms), pairs(dw)
+
+
+@triton.jit
 def bwd_kernel(
     X, BIAS, W, G, DX, Y, P, PARTIAL, DBIAS, DW, cols, n, stride_x, stride_g,
-    FWD: tl.constexpr, BWD: tl.constexpr, SOFTPLUS: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr,
+    FWD: tl.constexpr, BWD: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """DX = dL/dx; PARTIAL[j, program], DBIAS[row group, c], DW[column block, r]: sums; Y: the forward value again."""
-    p = load_params(P, SOFTPLUS, OFFSET)
+    """DX = dL/dx; PARTIAL[j, program], DBIAS[row group, c], DW[r, column block]: sums; Y: the forward value again.
+
+    The columns are worked off in quarters, one after the other: a quarter's intermediate values die before the next,
+    which takes two thirds of the registers.
+    """
+    p = load_params(P, SOFTPLUS)
     WIDE: tl.constexpr = 2 if GATED else 1  # width of DX and DBIAS in cols
     group = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    sums = zeros(P, BLOCK)
-    if BIAS is not None:
-        bias = load(BIAS + col, col < cols)
-        dbias = tl.zeros([BLOCK], dtype=tl.float32)
-        if GATED:
-            bias_up = load(BIAS + cols + col, col < cols)
-            dbias_up = tl.zeros([BLOCK], dtype=tl.float32)
+    sums = zeros(len(P), BLOCK // 8)
+    dbias = zeros(0 if BIAS is None else 4, BLOCK // 4)
+    dbias_up = zeros(4 if BIAS is not None and GATED else 0, BLOCK // 4)
     for k in range(ROWS):
         row = group * ROWS + k
         here = tl.minimum(n - row * cols, cols).to(tl.int32)
         mask = col < here
         x = load(X + row * stride_x + col, mask)
         g = load(G + row * stride_g + col, mask)
+        up = load(X + row * stride_x + cols + col, mask) if GATED else x
+        if BIAS is not None:  # read again for every row, from L1: held for all of them it would cost eight registers
+            x += load(BIAS + col, mask)
+            up = up + load(BIAS + cols + col, mask) if GATED else x
+        w = tl.load(W + row, mask=here > 0, other=0.0).to(tl.float32) if W is not None else 1.0
+        xs, ups, gs = quarters(x), quarters(up), quarters(g)
+        dx, dup, y = (), (), ()
+        terms, dw = zeros(len(P), BLOCK // 8), zeros(0 if W is None else 1, BLOCK // 8)
+        for j in tl.static_range(4):
+            one = bwd_elements(xs[j], ups[j], gs[j], w, p, FWD, BWD, GATED, W is not None, Y is not None)
+            dx, dup, y = dx + (one[0],), dup + (one[1],), y + (one[2],)
+            terms, dw = add(terms, one[3]), add(dw, one[4])
+        sums, dbias, dbias_up = add(sums, terms), add(dbias, dx), add(dbias_up, dup)
+        tl.store(DX + row * cols * WIDE + col, whole(dx).to(DX.dtype.element_ty), mask=mask)
         if GATED:
-            up = load(X + row * stride_x + cols + col, mask)
-        if BIAS is not None:
-            x += bias
-            if GATED:
-                up += bias_up
-        if GATED or W is not None or Y is not None:
-            v = FWD(x, p)
-        if W is not None:
-            w = tl.load(W + row, mask=here > 0, other=0.0).to(tl.float32)
-            dw = tl.sum(g * (v * up if GATED else v), 0)
-            tl.store(DW + tl.program_id(1).to(tl.int64) * (n // cols) + row, dw, mask=here > 0)
-            g *= w
+            tl.store(DX + row * cols * 2 + cols + col, whole(dup).to(DX.dtype.element_ty), mask=mask)
         if Y is not None:
-            y = v * up if GATED else v
-            y = y * w if W is not None else y
-            tl.store(Y + row * cols + col, y.to(Y.dtype.element_ty), mask=mask)
-        dx, terms = BWD(x, g * up if GATED else g, p)
-        tl.store(DX + row * cols * WIDE + col, dx.to(DX.dtype.element_ty), mask=mask)
-        sums = add(sums, terms)
-        if GATED:
-            tl.store(DX + row * cols * 2 + cols + col, (g * v).to(DX.dtype.element_ty), mask=mask)
-        if BIAS is not None:
-            dbias += dx
-            if GATED:
-                dbias_up += g * v
+            tl.store(Y + row * cols + col, whole(y).to(Y.dtype.element_ty), mask=mask)
+        if W is not None:
+            tl.store(DW + row * tl.num_programs(1) + tl.program_id(1), tl.sum(dw[0], 0), mask=here > 0)
     if BIAS is not None:
-        tl.store(DBIAS + group * cols * WIDE + col, dbias, mask=col < cols)
+        tl.store(DBIAS + group * cols * WIDE + col, whole(dbias), mask=col < cols)
         if GATED:
-            tl.store(DBIAS + group * cols * 2 + cols + col, dbias_up, mask=col < cols)
+            tl.store(DBIAS + group * cols * 2 + cols + col, whole(dbias_up), mask=col < cols)
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     for j in tl.static_range(len(P)):
         tl.store(PARTIAL + j * tl.num_programs(0) * tl.num_programs(1) + slot, tl.sum(sums[j], 0))
+
+
+@triton.jit
+def sum_kernel(PARTIAL, P, OUT, count, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr):
+    """OUT[j] = dL/draw of parameter j: the fp64 sum of PARTIAL[j, :], times the derivative of its constraint."""
+    lane = tl.arange(0, BLOCK)
+    for j in tl.static_range(len(P)):
+        total = tl.zeros([BLOCK], dtype=tl.float64)
+        for start in range(0, count, BLOCK):
+            total += tl.load(PARTIAL + j * count + start + lane, mask=start + lane < count, other=0.0).to(tl.float64)
+        value = tl.sum(total, 0)
+        if SOFTPLUS[j]:
+            value /= 1.0 + tl.exp(-tl.load(P[j]).to(tl.float64))
+        tl.store(OUT[j], value.to(tl.float32).to(OUT[j].dtype.element_ty))

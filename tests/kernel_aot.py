@@ -17,12 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_act.kernels import api as kernels
-from megatron_act.kernels.ops import BLOCK, LAUNCH, WARPS
-from megatron_act.kernels.template import bwd_kernel, fwd_kernel
+from megatron_act.kernels.ops import BLOCK, LAUNCH, SUM_BLOCK, SUM_WARPS, WARPS
+from megatron_act.kernels.template import bwd_kernel, fwd_kernel, sum_kernel
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MAIN = 90  # the capability whose every form is compiled
-EXTRAS = ("bias", "value", "bias weights value")
+GATED = ("xielu", "silu", "gelu")  # xielu-glu, SwiGLU, GeGLU
+FORMS = ("", "bias", "value", "weights")  # of every activation; value is the backward pass's
 ROWS = 16  # of a program, so that the loop stays a loop
 
 
@@ -48,7 +49,6 @@ def source(name: str, kind: str, dtype: str, gated: bool, extras: str) -> ASTSou
     constants: dict[str, Any] = {
         "FWD": activation.fwd, **({"BWD": activation.bwd} if backward else {}),
         "SOFTPLUS": tuple(q.constrain == "softplus" for q in activation.params),
-        "OFFSET": tuple(q.offset for q in activation.params),
         "GATED": gated, "BLOCK": BLOCK, "ROWS": ROWS,
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
@@ -71,48 +71,69 @@ def steady_loop(sass: list[str]) -> list[str]:
     return best
 
 
-def figures(name: str, kind: str, dtype: str, capability: int, gated: bool = False, extras: str = "") -> dict[str, Any]:
-    """What the tests assert of one compiled kernel."""
-    compiled = triton.compile(
-        source(name, kind, dtype, gated, extras),
-        target=GPUTarget("cuda", capability, 32),
-        options=LAUNCH,
-    )
+def disassembled(source: ASTSource, capability: int, options: dict[str, Any]) -> tuple[Any, str]:
+    """(the compiled kernel, cuobjdump's resource usage and SASS)"""
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         command = [DISASSEMBLER, "-res-usage", "-sass", cubin.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return compiled, subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resources(listing: str) -> dict[str, int]:
+    return {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+
+
+def sum_figures(capability: int) -> dict[str, Any]:
+    """The second stage of the parameters' gradients, for three softplus parameters."""
+    p = ("*fp32",) * 3
+    signature = {"PARTIAL": "*fp32", "P": p, "OUT": p, "count": "i32", "SOFTPLUS": "constexpr", "BLOCK": "constexpr"}
+    constants = {"SOFTPLUS": (True,) * 3, "BLOCK": SUM_BLOCK}
+    source = ASTSource(fn=sum_kernel, signature=signature, constexprs=constants)
+    listing = disassembled(source, capability, {"num_warps": SUM_WARPS})[1]
+    return {"capability": capability, "atomics": re.findall(r"ATOM\S*|RED\.\S*|REDG\S*", listing), **resources(listing)}
+
+
+def figures(name: str, kind: str, dtype: str, capability: int, gated: bool = False, extras: str = "") -> dict[str, Any]:
+    """What the tests assert of one compiled kernel."""
+    compiled, listing = disassembled(source(name, kind, dtype, gated, extras), capability, LAUNCH)
     sass = [line.strip() for line in listing.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+\S", line)]
     loop = steady_loop(sass)
-    resources = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
     ops = [re.sub(r"^/\*\w+\*/\s+(@!?U?P\d+\s+)?", "", line).split(" ")[0].rstrip(";") for line in sass]
     body = loop or sass  # the compiler unrolls the shortest loops completely
     wide = 2 if dtype == "fp32" else 1  # stores of 16 bytes for a thread's 8 elements
-    stores = sum("STG.E.128" in line for line in body) / (wide * (2 if gated and kind == "bwd" else 1))
-    elements = stores * BLOCK / (WARPS * 32)  # of a thread in the body
+    results = 1 + (kind == "bwd" and gated) + (kind == "bwd" and "value" in extras)
+    elements = sum("STG.E.128" in line for line in body) / (wide * results) * BLOCK / (WARPS * 32)  # a thread's
     return {
         "name": name, "kind": kind, "dtype": dtype, "capability": capability, "gated": gated, "extras": extras,
-        **resources, "per_element": len(body) / elements,
+        **resources(listing), "per_element": len(body) / elements,
         "data_loads": sorted({o for line in body for o in re.findall(r"LDG\S*", line)}),
         "data_stores": sorted({o for line in body for o in re.findall(r"STG\S*", line)}),
         "atomics": sorted({o for o in ops if re.match(r"ATOM|RED\b|RED\.|REDG", o)}),
         "local": sorted({o for o in ops if o.startswith(("LDL", "STL"))}),
         "rounding": sorted(set(re.findall(r"(?:cvt|mul|fma)\.\S*bf16\S*", compiled.asm["ptx"]))),
-        "ex2_per_element": sum("MUFU.EX2" in line for line in body) / elements,
-        "rcp_per_element": sum("MUFU.RCP" in line for line in body) / elements,
+        "xu_per_element": sum(bool(re.search(r"MUFU|I2F\.|F2I|FRND", line)) for line in body) / elements,
     }  # fmt: skip
+
+
+def wanted(capability: int) -> list[dict[str, Any]]:
+    """Arguments of :func:`figures`: every form of every activation on one GPU, the plain ones and value on all."""
+    forms = FORMS if capability == MAIN else ("", "value")
+    rows = [{"name": n, "kind": k, "extras": e} for n in kernels.names() for k in ("fwd", "bwd") for e in forms]
+    rows += [{"name": n, "kind": k, "extras": e, "gated": True} for n in GATED for k in ("fwd", "bwd") for e in forms]
+    if capability == MAIN:
+        rest = [{"dtype": "fp32"}, {"dtype": "fp16"}, {"extras": "bias weights value"}]
+        rest += [{"gated": True, "extras": "bias weights value"}]
+        rows += [{"name": "xielu", "kind": k, **form} for k in ("fwd", "bwd") for form in rest]
+    return [{"dtype": "bf16", **r} for r in rows if r["kind"] == "bwd" or r.get("extras") != "value"]
 
 
 def main() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
-    capability, both = int(sys.argv[1]), ("fwd", "bwd")
-    rows = [figures(name, kind, "bf16", capability) for name in kernels.names() for kind in both]
-    rows += [figures(name, kind, "bf16", capability, gated=True) for name in ("xielu", "silu") for kind in both]
-    if capability == MAIN:
-        rows += [figures("xielu", kind, "bf16", capability, extras=extras) for kind in both for extras in EXTRAS]
-        rows += [figures("xielu", kind, dtype, capability) for kind in both for dtype in ("fp32", "fp16")]
-    json.dump(rows, sys.stdout)
+    capability = int(sys.argv[1])
+    rows = [figures(**row, capability=capability) for row in wanted(capability)]
+    json.dump({"kernels": rows, "sum": sum_figures(capability)}, sys.stdout)
 
 
 if __name__ == "__main__":

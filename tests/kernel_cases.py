@@ -5,9 +5,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime import interpreter
 
 from megatron_act.kernels import api as kernels
 
@@ -64,3 +66,35 @@ def absolute_terms(name: str, x: Tensor, g: Tensor, params: list[Tensor], bias: 
     chain = [torch.sigmoid(r) if s.constrain == "softplus" else 1.0 for s, r in zip(spec.params, raw, strict=True)]
     sums = [(t * c).abs().sum().reshape(1) for t, c in zip(terms, chain, strict=True)]
     return [*sums, *([] if bias is None else [dx.abs().reshape(-1, x.shape[-1]).sum(0)])]
+
+
+def _off_by(error: Any) -> Any:
+    """A numpy function whose result is off by ``error(result)`` upwards or downwards, at random."""
+    random = np.random.default_rng(0)
+
+    def wrap(function: Any) -> Any:
+        def approximate(*arguments: Any) -> Any:
+            with np.errstate(all="ignore"):  # branches not taken
+                exact = function(*arguments).astype(np.float32)
+            sign = random.choice([-1.0, 1.0], np.shape(exact))
+            off = np.where(np.isfinite(exact), error(np.where(np.isfinite(exact), exact, 1.0)), 0.0)
+            return (exact + sign * off).astype(np.float32)
+
+        return approximate
+
+    return wrap
+
+
+def approximate_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives the interpreter the largest errors of the PTX manual: ex2 and div.full 2 ulp, rcp 1 ulp, rsqrt 2^-22.9."""
+    builder = interpreter.InterpreterBuilder
+    one_ulp, two_ulp = (_off_by(lambda y, n=n: n * np.spacing(np.abs(y))) for n in (1.0, 2.0))
+    power, general, reciprocal = two_ulp(np.exp2), two_ulp(np.divide), one_ulp(np.divide)
+
+    def quotient(a: Any, b: Any) -> Any:
+        return (reciprocal if (a == 1.0).all() else general)(a, b)
+
+    root = _off_by(lambda y: np.abs(y) * 2.0**-22.9)(lambda x: 1.0 / np.sqrt(x))
+    monkeypatch.setattr(builder, "create_exp2", lambda self, arg: self.unary_op(arg, power))
+    monkeypatch.setattr(builder, "create_rsqrt", lambda self, arg: self.unary_op(arg, root))
+    monkeypatch.setattr(builder, "create_fdiv", lambda self, a, b: self.binary_op(a, b, quotient))
