@@ -112,7 +112,12 @@ def _cauchy_gate(x: Tensor) -> Tensor:
 
 class _Cauchy(TorchGate):
     def slope(self, x: Tensor) -> Tensor:
-        """gate and x gate' cancel for x << 0: with m = -1/x it is sum of (-1)^(k+1) 2k/(2k+1) m^(2k+1) / pi, k >= 1."""
+        """gate and x gate' cancel for x << 0: sum of (-1)^(k+1) 2k/(2k+1) m^(2k+1) / pi over k >= 1, m = -1/x.
+
+        Only float64 has the digits for it to matter.
+        """
+        if x.dtype != torch.float64:
+            return super().slope(x)
         m = -1.0 / x.clamp(max=-8.0)
         z = m * m
         series = torch.zeros_like(m)

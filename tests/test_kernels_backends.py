@@ -8,6 +8,7 @@ import torch
 from kernel_cases import DEVICE, absolute_terms, needs_gpu, shifted_params
 
 from megatron_act.kernels import api as kernels
+from megatron_act.kernels.ops import _View
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ULP = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -124,6 +125,26 @@ def test_nothing_saved_is_written():
     kept = [t.clone() for t in (x, g, bias)]
     run("xielu", x, g, shifted_params("xielu"), bias, "triton")
     assert all(torch.equal(a, b) for a, b in zip((x, g, bias), kept, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["rows", "rows_bias", "transposed", "holes"])
+def test_row_strided_tensors_are_not_copied(layout):
+    x, _, _ = inputs(layout, torch.float32)
+    view, stride = _View(x, (), False, True, 8).of(x)
+    in_place = layout.startswith("rows")  # the others have no contiguous rows
+    assert (view.data_ptr() == x.data_ptr()) == in_place
+    assert stride == (x.stride(-2) if in_place else x.shape[-1])
+
+
+def test_offsets_beyond_2_31():
+    """Two rows 2^31 + 3 elements apart, in memory that is never touched between them."""
+    far, columns = 2**31 + 3, 40
+    store = torch.empty(far + columns, dtype=torch.bfloat16, device=DEVICE)
+    x = store.as_strided((2, columns), (far, 1))
+    small = torch.randn(2, columns, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(DEVICE)
+    x.copy_(small)
+    results = [run("xielu", t, torch.ones_like(small), shifted_params("xielu"), None, "triton") for t in (x, small)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.gpu

@@ -29,6 +29,23 @@ def test_compiles_whole_and_once(name):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_token_counts_do_not_recompile(marked):
+    """torch.compile's default: the second count makes the dimension dynamic, the others reuse that."""
+    torch._dynamo.reset()
+    params = [p.detach() for p in shifted_params("xielu")]
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda x: kernels.apply("xielu", x, params, backend="triton"), fullgraph=True, backend=counter
+    )
+    for tokens in (5, 8, 13, 64, 21):
+        x = torch.randn(tokens, 40, device=DEVICE)
+        if marked:
+            torch._dynamo.mark_dynamic(x, 0)
+        assert torch.equal(compiled(x), kernels.apply("xielu", x, params, backend="triton"))
+    assert counter.frame_count == (1 if marked else 2)
+
+
 def test_compiles_gated_with_bias_and_weights():
     torch._dynamo.reset()
     x, bias, weights = (torch.randn(s, device=DEVICE) for s in ((6, 40), (40,), (6,)))
