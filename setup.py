@@ -51,6 +51,7 @@ setup(
         "megatron_act.data",
         "megatron_act.checkpoint",
         "megatron_act.experiment",
+        "megatron_act.benchmark",
     ],
     package_data={"megatron_act.data": ["*.parquet", "*.md"]},
     install_requires=[

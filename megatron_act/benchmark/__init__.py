@@ -1,0 +1,11 @@
+"""What ``tools/benchmark_kernels.py`` is made of; its figures become the README's tables (``readme.py``).
+
+timing.py       microseconds of a launch: CUDA graph replays, events, or the clock of a CPU
+baselines.py    the plain torch formula of an activation, eager and compiled
+competitors.py  the same functions of other libraries, where they are installed
+cases.py        activations, shapes, operations and the bytes they must move
+table.py        the run: every case, one row for each operation
+mlp.py          the two matmuls around an activation
+header.py       the machine, the versions and the command
+report.py       JSON, CSV, Markdown        picture.py   the roofline
+"""

@@ -1,0 +1,123 @@
+"""Renders the README's GPU figures from ``tests/gpu_results.json``.
+
+python -m megatron_act.benchmark.readme     (rewrites what is between the two markers of README.md)
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_act.benchmark.cases import FULL
+from megatron_act.benchmark.report import footnote, mlp_table, rows_table
+from megatron_act.benchmark.table import Row
+from megatron_act.errors import UserError, run_cli
+
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN = "<!-- GPU figures: written by python -m megatron_act.benchmark.readme -->"
+END = "<!-- end of GPU figures -->"
+COMMAND = "WHEELS=dir bash tests/gpu/run.sh"
+NO_RUN = (
+    f"No GPU run is committed yet. On a machine with an NVIDIA GPU `{COMMAND}` makes one in 8 minutes: the\n"
+    "GPU tests and the benchmark, as `tests/gpu_results.json`, from which this section is then written."
+)
+PICTURE = "tests/gpu_results.png"
+TIMED_OUT = (124, 137)  # exit codes of `timeout`
+SHOWN_FACTS = ("driver", "SM clock", "CUDA", "torch", "triton", "Python")
+
+
+def section(results: dict[str, Any] | None, picture: bool = False) -> str:
+    """The text between the markers; ``results`` is the content of the JSON, None where there is none."""
+    if not results:
+        return NO_RUN
+    parts = [_benchmark(results["benchmark"])] if "benchmark" in results else []
+    if picture and parts:
+        parts.append(f"![Share of a copy's bandwidth, every row]({PICTURE})")
+    parts += [_tests(name, part) for name, part in results.items() if "tests" in part]
+    return "\n\n".join(parts)
+
+
+def _benchmark(part: dict[str, Any]) -> str:
+    figures = part["figures"]
+    shown = [row for row in figures["rows"] if row["activation"] in FULL and _first_or_small(row, figures["rows"])]
+    tables = [_machine(part), rows_table(shown), footnote(shown), *_others(figures["rows"])]
+    if mlp := [entry for entry in figures["mlp"] if entry["shape"] in {row["shape"] for row in shown}]:
+        tables += ["The activation in its MLP on one rank, forward and backward:", mlp_table(mlp)]
+    tables += [f"Not in the table: {note}." for note in figures["notes"]]
+    return "\n\n".join(tables)
+
+
+def _machine(part: dict[str, Any]) -> str:
+    header = part["figures"]["header"]
+    facts = ", ".join(f"{name} {header[name]}" for name in SHOWN_FACTS if name in header)
+    return (
+        f"`{part['command']}` on {header.get('GPU', header.get('processor'))}, {facts}, commit {part['commit']}, "
+        f"{part['date']}. Copy: {header['copy']}. Compared with {header['compared with']}; "
+        f"not installed: {header.get('not installed', 'none')}. Device time, buffers larger than L2."
+    )
+
+
+def _first_or_small(row: Row, rows: list[Row]) -> bool:
+    """The activation's first shape, and generation."""
+    shapes = list(dict.fromkeys(each["shape"] for each in rows if each["activation"] == row["activation"]))
+    with_backward = {each["shape"] for each in rows if each["op"] == "backward"}
+    return row["shape"] == shapes[0] or row["shape"] not in with_backward
+
+
+def _others(rows: list[Row]) -> list[str]:
+    """One sentence for the activations without a row of their own."""
+    rest = [row for row in rows if row["activation"] not in FULL]
+    if not rest:
+        return []
+    found = []
+    for op in dict.fromkeys(row["op"] for row in rest):
+        shares = [row["percent_of_copy"] for row in rest if row["op"] == op]
+        low, high = f"{min(shares):.0f}", f"{max(shares):.0f}"
+        found.append(f"{op} {low if low == high else f'{low} to {high}'} %")
+    return [f"{', '.join(dict.fromkeys(row['activation'] for row in rest))}: {', '.join(found)} of the copy."]
+
+
+def _tests(name: str, part: dict[str, Any]) -> str:
+    counts = ", ".join(f"{len(part['tests'][outcome])} {outcome}" for outcome in ("passed", "failed", "skipped"))
+    stopped = ", stopped at the time limit" if part["exit_code"] in TIMED_OUT else ""
+    return f"Tests on the GPU, {name}: {counts}{stopped} (commit {part['commit']}, {part['date']})."
+
+
+def rendered(readme: str, root: Path = ROOT) -> str:
+    """``readme`` with the section as ``root``'s JSON has it.
+
+    Raises:
+        UserError: no markers, or a JSON that cannot be read.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise UserError(f"README.md: expected one line {BEGIN!r} and one {END!r}, got others; put them back")
+    before, rest = readme.split(BEGIN)
+    after = rest.split(END)[1]
+    return f"{before}{BEGIN}\n{section(_results(root), (root / PICTURE).exists())}\n{END}{after}"
+
+
+def _results(root: Path) -> dict[str, Any] | None:
+    path = root / "tests" / "gpu_results.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path.name}: expected JSON, got {error}; run {COMMAND} again") from None
+
+
+def _write() -> None:
+    path = ROOT / "README.md"
+    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return run_cli(_write, parse.parse_args().debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
