@@ -111,6 +111,7 @@ def figures(name: str, kind: str, dtype: str, capability: int, gated: bool = Fal
         "data_loads": sorted({o for line in body for o in re.findall(r"LDG\S*", line)}),
         "data_stores": sorted({o for line in body for o in re.findall(r"STG\S*", line)}),
         "atomics": sorted({o for o in ops if re.match(r"ATOM|RED\b|RED\.|REDG", o)}),
+        "shared": sorted({o for line in body for o in re.findall(r"\b(?:STS|LDS|BAR)\b", line)}),
         "local": sorted({o for o in ops if o.startswith(("LDL", "STL"))}),
         "rounding": sorted(set(re.findall(r"(?:cvt|mul|fma)\.\S*bf16\S*", compiled.asm["ptx"]))),
         "xu_per_element": sum(bool(re.search(r"MUFU|I2F\.|F2I|FRND", line)) for line in body) / elements,

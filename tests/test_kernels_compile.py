@@ -80,6 +80,12 @@ def test_no_spills_no_atomics(compiled):
         assert (row["STACK"], row["LOCAL"], row["local"], row["atomics"]) == (0, 0, [], []), label(row)
 
 
+def test_no_shared_memory_in_the_loop(compiled):
+    """Cutting a block into quarters moves nothing between threads; only a row's weight needs a sum over all of them."""
+    for row in rows(compiled):
+        assert row["shared"] == [] or (row["kind"] == "bwd" and "weights" in row["extras"]), label(row)
+
+
 def test_registers(compiled):
     for row in rows(compiled):
         limit = (
