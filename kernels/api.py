@@ -99,7 +99,7 @@ def _reference(
     if up is not None:
         y = y * up
     if weights is not None:
-        y = y * weights.to(wide).reshape(*x.shape[:-1], 1)
+        y = (y * weights.to(wide).reshape(*x.shape[:-1], 1)).reshape(y.shape)  # a 0-d y stays one
     return y.to(dtype).contiguous()
 
 

@@ -14,35 +14,49 @@ BLOCK = 1024  # columns of a program: 8 elements (16 bytes of bf16) for each of 
 WARPS = 4
 FORWARD_ROWS = 8  # rows of a program: softplus of the parameters once for 64 elements of a thread
 BACKWARD_ROWS = 16  # 16 terms a lane keep fp32 sums within 1e-6 of the sum of absolute terms
-SMALL = 1 << 20  # elements; below, a GPU is not full: more and shorter programs
+PROGRAMS = 2048  # at least: 15 for each SM of an H100; a smaller tensor gets shorter programs
 SUM_BLOCK, SUM_WARPS = 4096, 16  # the second stage: one program reads the partials of 67 million elements at once
 
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": True}  # Triton's default for fusion changes from 3.10 on
 
 
 class _View:
-    """How the template sees x: its rows and columns, and the tensors' row strides."""
+    """How the template sees x and, in the backward pass, the gradient: rows, columns, row strides, programs.
 
-    def __init__(self, x: Tensor, others: tuple[Tensor, ...], gated: bool, whole_rows: bool, rows_each: int):
-        width = x.shape[-1] if x.ndim else 1
+    Attributes:
+        tensors: the same with contiguous rows; copied only where no such view exists.
+        strides: between their rows, in elements.
+        groups, width: programs down and across.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], gated: bool, whole_rows: bool, rows_each: int):
+        x = tensors[0]
+        rows = [_rows_of(t) for t in tensors]
+        flat = not (gated or whole_rows) and all(t.is_contiguous() for t in rows)
         self.n = x.numel() // (2 if gated else 1)
-        self.flat = not (gated or whole_rows) and all(t.is_contiguous() for t in (x, *others))
-        self.cols = BLOCK if self.flat else width // (2 if gated else 1)
-        self.rows_each = max(1, rows_each // 8) if self.n < SMALL else rows_each
-        self.grid = (triton.cdiv(triton.cdiv(self.n, self.cols), self.rows_each), triton.cdiv(self.cols, BLOCK))
+        self.cols = BLOCK if flat else rows[0].shape[1] // (2 if gated else 1)
+        self.tensors = rows
+        self.strides = [BLOCK if flat else t.stride(0) for t in rows]
+        height, self.width = triton.cdiv(self.n, self.cols), triton.cdiv(self.cols, BLOCK)
+        while rows_each > 1 and triton.cdiv(height, rows_each) * self.width < PROGRAMS:
+            rows_each //= 2
+        self.rows_each, self.groups = rows_each, triton.cdiv(height, rows_each)
 
-    def of(self, tensor: Tensor) -> tuple[Tensor, int]:
-        """(tensor with contiguous rows, their stride in elements); copies only where no such view exists."""
-        if self.flat:
-            return tensor, self.cols
-        width = tensor.shape[-1] if tensor.ndim else 1
-        if tensor.ndim and tensor.stride(-1) == 1:
-            try:
-                view = tensor.view(-1, width)
-                return view, view.stride(0)
-            except RuntimeError:  # leading dimensions that no single stride describes
-                pass
-        return tensor.contiguous().view(-1, width), width
+    @property
+    def grid(self) -> tuple[int]:
+        """One dimension, columns fastest: neighbours read neighbouring memory."""
+        return (self.groups * self.width,)
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """[rows, last dimension] with contiguous rows."""
+    width = tensor.shape[-1] if tensor.ndim else 1
+    if tensor.ndim and tensor.stride(-1) == 1:
+        try:
+            return tensor.view(-1, width)
+        except RuntimeError:  # leading dimensions that no single stride describes
+            pass
+    return tensor.contiguous().view(-1, width)
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
@@ -71,12 +85,11 @@ def activation_op(
     if y.numel() == 0:
         return y
     bias, weights = _dense(bias), _dense(weights)
-    view = _View(x, (), gated, bias is not None or weights is not None, FORWARD_ROWS)
-    rows, stride = view.of(x)
+    view = _View((x,), gated, bias is not None or weights is not None, FORWARD_ROWS)
     with torch.cuda.device_of(x):
         fwd_kernel[view.grid](
-            rows, bias, weights, y, P=tuple(params), cols=view.cols, n=view.n, stride=stride,
-            ROWS=view.rows_each, **_constants(name, gated),
+            *view.tensors, bias, weights, y, P=tuple(params), cols=view.cols, n=view.n, stride=view.strides[0],
+            width=view.width, ROWS=view.rows_each, **_constants(name, gated),
         )  # fmt: skip
     return y
 
@@ -96,17 +109,18 @@ def activation_backward_op(
     if grad.numel() == 0:
         return [t.zero_() for t in outputs]
     bias, weights = _dense(bias), _dense(weights)
-    view = _View(x, (grad,), gated, bias is not None or weights is not None, BACKWARD_ROWS)
-    (vx, stride_x), (vg, stride_g) = view.of(x), view.of(grad)
+    view = _View((x, grad), gated, bias is not None or weights is not None, BACKWARD_ROWS)
+    vx, vg = view.tensors
     fp32 = x.new_empty((), dtype=torch.float32)
-    partial = fp32.new_empty((len(params), view.grid[0] * view.grid[1]))
-    dbias = None if bias is None else fp32.new_empty((view.grid[0], bias.numel()))
-    dweights = None if weights is None else fp32.new_empty((weights.numel(), view.grid[1]))
+    partial = fp32.new_empty((len(params), view.grid[0]))
+    dbias = None if bias is None else fp32.new_empty((view.groups, bias.numel()))
+    dweights = None if weights is None else fp32.new_empty((weights.numel(), view.width))
     with torch.cuda.device_of(x):
         bwd_kernel[view.grid](
             vx, bias, weights, vg, outputs[0], outputs[-1] if value else None, P=tuple(params),
-            PARTIAL=partial, DBIAS=dbias, DW=dweights, cols=view.cols, n=view.n, stride_x=stride_x, stride_g=stride_g,
-            BWD=registry.get(name).bwd, ROWS=view.rows_each, **_constants(name, gated),
+            PARTIAL=partial, DBIAS=dbias, DW=dweights, cols=view.cols, n=view.n, stride_x=view.strides[0],
+            stride_g=view.strides[1], width=view.width, BWD=registry.get(name).bwd, ROWS=view.rows_each,
+            **_constants(name, gated),
         )  # fmt: skip
         if params:
             sum_kernel[(1,)](

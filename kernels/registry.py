@@ -8,7 +8,10 @@ from pathlib import Path
 from megatron_act.kernels.spec import Activation
 
 HERE = Path(__file__).parent
-INFRASTRUCTURE = {"api", "checks", "device_math", "gates", "ops", "registry", "spec", "template"}
+INFRASTRUCTURE = {
+    *("api", "checks", "device_math", "gates", "ops", "registry", "spec", "template"),
+    *("fp8", "fp8_ops", "quantized", "stores"),
+}
 
 
 def _discover() -> dict[str, Activation]:

@@ -1,8 +1,8 @@
 """The one forward and the one backward kernel of every activation; the only file with pointers and masks.
 
 A tensor is seen as rows of ``cols`` contiguous elements, ``stride`` apart. A program owns BLOCK columns of ROWS
-consecutive rows. A contiguous tensor without bias or weights is cut into rows of BLOCK elements, the last one
-incomplete, so ``n`` counts elements: row r holds ``min(cols, n - r * cols)`` of them.
+consecutive rows; ``width`` programs stand side by side. A contiguous tensor without bias or weights is cut into rows of
+BLOCK elements, the last one incomplete, so ``n`` counts elements: row r holds ``min(cols, n - r * cols)`` of them.
 
     v = f(x + bias)                                y = v * w          w: one weight per row, 1 without W
     gated: rows of x are [gate | up], each cols    y = f(gate) * up * w
@@ -52,7 +52,7 @@ def add(sums, terms):
 
 @triton.jit
 def pairs(terms):
-    """Each tensor with neighbours added: a thread holds both."""
+    """Each tensor with neighbours added: of 16-bit tensors a thread holds both, of fp32 a warp."""
     totals = ()
     for j in tl.static_range(len(terms)):
         totals = totals + (tl.sum(tl.reshape(terms[j], [terms[j].shape[0] // 2, 2]), 1),)
@@ -66,7 +66,7 @@ def halves(t):
 
 @triton.jit
 def quarters(t):
-    """Four tensors of every fourth element. A thread holds eight neighbours, two of each: nothing moves."""
+    """Four tensors of every fourth element. A thread holds eight neighbours of 16 bits, two of each: nothing moves."""
     even, odd = halves(t)
     return halves(even) + halves(odd)
 
@@ -86,20 +86,27 @@ def load(X, mask):
 
 
 @triton.jit
+def place(width):
+    """(group of rows as int64, block of columns) of this program; the grid has one dimension, whose limit is 2^31."""
+    return (tl.program_id(0) // width).to(tl.int64), tl.program_id(0) % width
+
+
+@triton.jit
 def fwd_kernel(
-    X, BIAS, W, Y, P, cols, n, stride,
+    X, BIAS, W, Y, P, cols, n, stride, width,
     FWD: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Y[r, c] = y; Y is contiguous."""
     p = load_params(P, SOFTPLUS)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group, block = place(width)
+    col = block * BLOCK + tl.arange(0, BLOCK)
     if BIAS is not None:
         bias = load(BIAS + col, col < cols)
         if GATED:
             bias_up = load(BIAS + cols + col, col < cols)
     for k in range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + k
+        row = group * ROWS + k
         here = tl.minimum(n - row * cols, cols).to(tl.int32)
         mask = col < here
         x = load(X + row * stride + col, mask)
@@ -141,7 +148,7 @@ def bwd_elements(
 
 @triton.jit
 def bwd_kernel(
-    X, BIAS, W, G, DX, Y, P, PARTIAL, DBIAS, DW, cols, n, stride_x, stride_g,
+    X, BIAS, W, G, DX, Y, P, PARTIAL, DBIAS, DW, cols, n, stride_x, stride_g, width,
     FWD: tl.constexpr, BWD: tl.constexpr, SOFTPLUS: tl.constexpr, GATED: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -152,8 +159,8 @@ def bwd_kernel(
     """
     p = load_params(P, SOFTPLUS)
     WIDE: tl.constexpr = 2 if GATED else 1  # width of DX and DBIAS in cols
-    group = tl.program_id(0).to(tl.int64)
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group, block = place(width)
+    col = block * BLOCK + tl.arange(0, BLOCK)
     sums = zeros(len(P), BLOCK // 8)
     dbias = zeros(0 if BIAS is None else 4, BLOCK // 4)
     dbias_up = zeros(4 if BIAS is not None and GATED else 0, BLOCK // 4)
@@ -182,17 +189,16 @@ def bwd_kernel(
         if Y is not None:
             tl.store(Y + row * cols + col, whole(y).to(Y.dtype.element_ty), mask=mask)
         if W is not None:
-            tl.store(DW + row * tl.num_programs(1) + tl.program_id(1), tl.sum(dw[0], 0), mask=here > 0)
+            tl.store(DW + row * width + block, tl.sum(dw[0], 0), mask=here > 0)
     if BIAS is not None:
         tl.store(DBIAS + group * cols * WIDE + col, whole(dbias), mask=col < cols)
         if GATED:
             tl.store(DBIAS + group * cols * 2 + cols + col, whole(dbias_up), mask=col < cols)
-    slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     for j in tl.static_range(len(P)):
-        tl.store(PARTIAL + j * tl.num_programs(0) * tl.num_programs(1) + slot, tl.sum(sums[j], 0))
+        tl.store(PARTIAL + j * tl.num_programs(0) + tl.program_id(0), tl.sum(sums[j], 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # it grows with the tokens
 def sum_kernel(PARTIAL, P, OUT, count, SOFTPLUS: tl.constexpr, BLOCK: tl.constexpr):
     """OUT[j] = dL/draw of parameter j: the fp64 sum of PARTIAL[j, :], times the derivative of its constraint."""
     lane = tl.arange(0, BLOCK)

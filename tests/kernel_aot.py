@@ -17,14 +17,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from megatron_act.kernels import api as kernels
-from megatron_act.kernels.ops import BLOCK, LAUNCH, SUM_BLOCK, SUM_WARPS, WARPS
+from megatron_act.kernels.ops import BACKWARD_ROWS, BLOCK, FORWARD_ROWS, LAUNCH, SUM_BLOCK, SUM_WARPS, WARPS
 from megatron_act.kernels.template import bwd_kernel, fwd_kernel, sum_kernel
 
 DISASSEMBLER = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 MAIN = 90  # the capability whose every form is compiled
 GATED = ("xielu", "silu", "gelu")  # xielu-glu, SwiGLU, GeGLU
 FORMS = ("", "bias", "value", "weights")  # of every activation; value is the backward pass's
-ROWS = 16  # of a program, so that the loop stays a loop
 
 
 def source(name: str, kind: str, dtype: str, gated: bool, extras: str) -> ASTSource:
@@ -44,16 +43,22 @@ def source(name: str, kind: str, dtype: str, gated: bool, extras: str) -> ASTSou
             "DBIAS": optional(fp32, "bias"),
         }
         signature |= {"DW": optional(fp32, "weights"), "cols": "i32", "n": "i64", "stride_x": "i32", "stride_g": "i32"}
+        signature |= {"width": "i32"}
     else:
-        signature |= {"Y": data, "P": p, "cols": "i32", "n": "i64", "stride": "i32"}
+        signature |= {"Y": data, "P": p, "cols": "i32", "n": "i64", "stride": "i32", "width": "i32"}
     constants: dict[str, Any] = {
         "FWD": activation.fwd, **({"BWD": activation.bwd} if backward else {}),
         "SOFTPLUS": tuple(q.constrain == "softplus" for q in activation.params),
-        "GATED": gated, "BLOCK": BLOCK, "ROWS": ROWS,
+        "GATED": gated, "BLOCK": BLOCK,
+        "ROWS": BACKWARD_ROWS if backward else FORWARD_ROWS,
     }  # fmt: skip
     signature |= dict.fromkeys(constants, "constexpr")
     constants |= {k: None for k, t in signature.items() if t == "constexpr" and k not in constants}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t not in ("constexpr", p)}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (k, t) in enumerate(signature.items())
+        if t not in ("constexpr", p) and k != "width"
+    }
     return ASTSource(
         fn=bwd_kernel if backward else fwd_kernel, signature=signature, constexprs=constants, attrs=aligned
     )

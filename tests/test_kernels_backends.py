@@ -8,6 +8,7 @@ import torch
 from kernel_cases import DEVICE, absolute_terms, needs_gpu, shifted_params
 
 from megatron_act.kernels import api as kernels
+from megatron_act.kernels import ops
 from megatron_act.kernels.ops import _View
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -130,10 +131,43 @@ def test_nothing_saved_is_written():
 @pytest.mark.parametrize("layout", ["rows", "rows_bias", "transposed", "holes"])
 def test_row_strided_tensors_are_not_copied(layout):
     x, _, _ = inputs(layout, torch.float32)
-    view, stride = _View(x, (), False, True, 8).of(x)
+    view = _View((x,), False, True, 8)
     in_place = layout.startswith("rows")  # the others have no contiguous rows
-    assert (view.data_ptr() == x.data_ptr()) == in_place
-    assert stride == (x.stride(-2) if in_place else x.shape[-1])
+    assert (view.tensors[0].data_ptr() == x.data_ptr()) == in_place
+    assert view.strides == [x.stride(-2) if in_place else x.shape[-1]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole_rows", "rows_each", "programs"),
+    [
+        ((4096, 21504), False, 16, 5376),
+        ((64, 21504), False, 1, 1344),  # generation: as many programs as there are blocks
+        ((1, 21504), False, 1, 21),
+        ((4096, 1024), False, 2, 2048),
+        ((4096, 21504), True, 16, 5376),
+    ],
+)
+def test_programs_fill_a_gpu(shape, whole_rows, rows_each, programs):
+    view = _View((torch.empty(shape, device="meta"),), False, whole_rows, 16)
+    assert (view.rows_each, view.grid) == (rows_each, (programs,))
+
+
+def test_a_gradient_without_rows_of_its_own_is_flat_too():
+    """``y.sum().backward()`` of one long row: its expanded gradient is copied, then both are cut into blocks.
+
+    In one dimension of the grid: the second one ends at 65535.
+    """
+    n = 70_000 * 1024
+    view = _View((torch.empty(n, device="meta"), torch.empty((), device="meta").expand(n)), False, False, 16)
+    assert view.strides == [1024, 1024] and view.grid == (4375,) and view.cols == 1024
+
+
+@pytest.mark.parametrize("layout", ["blocks_tail", "bias_tails", "rows", "rows_bias", "permuted"])
+def test_programs_of_many_rows(layout, monkeypatch):
+    """As a large tensor gets them: 16 rows, of which the last program has fewer."""
+    monkeypatch.setattr(ops, "PROGRAMS", 1)
+    for name in ("xielu", "xatlu"):
+        compare(name, layout, torch.float32)
 
 
 def test_offsets_beyond_2_31():
@@ -141,9 +175,10 @@ def test_offsets_beyond_2_31():
     far, columns = 2**31 + 3, 40
     store = torch.empty(far + columns, dtype=torch.bfloat16, device=DEVICE)
     x = store.as_strided((2, columns), (far, 1))
-    small = torch.randn(2, columns, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(DEVICE)
+    small = torch.randn(2, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16).to(DEVICE)[:, :columns]
     x.copy_(small)
-    results = [run("xielu", t, torch.ones_like(small), shifted_params("xielu"), None, "triton") for t in (x, small)]
+    ones, params = torch.ones(2, columns, dtype=x.dtype, device=DEVICE), shifted_params("xielu")
+    results = [run("xielu", each, ones, params, None, "triton") for each in (x, small)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -154,7 +189,7 @@ def test_more_than_2_31_elements():
     x = torch.full((n,), -1.0, dtype=torch.bfloat16, device="cuda")
     x[-1] = 2.0
     params = shifted_params("xielu")
-    y, dx, dp, dn = run("xielu", x, torch.ones_like(x), params, None, "triton")
+    y, dx, dp, dn = run("xielu", x, x.new_ones(()).expand(n), params, None, "triton")
     small = torch.tensor([-1.0, 2.0], dtype=torch.bfloat16, device="cuda")
     y2, dx2, *_ = run("xielu", small, torch.ones_like(small), params, None, "triton")
     assert y[0] == y2[0] and y[2**31] == y2[0] and y[-1] == y2[1] and dx[-1] == dx2[1] and dx[2**31 + 5] == dx2[0]

@@ -26,7 +26,7 @@ SHARE = 0.7
 # Above it, for the same bytes: a bias is read, added and summed; weights need the forward value and a sum over the row.
 FORM_SHARE = {"bias": 0.8, "weights": 1.02}
 REGISTERS = 64
-MOST_REGISTERS = {"value": 68, "bias weights value": 72}  # of xiprelup, with three scalars; everything at once
+MOST_REGISTERS = {"bias": 72, "value": 68, "bias weights value": 72}  # xiprelup, with three scalars; all at once
 MOST_REGISTERS_GATED_BIAS = 96  # the sums of two biases are 16
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from kernel_cases import DEVICE, absolute_terms, shifted_params
 
 from megatron_act.kernels import api as kernels
-from megatron_act.kernels.ops import activation_backward_op, activation_op
+from megatron_act.kernels.ops import _View, activation_backward_op, activation_op
 
 SHAPES = {"rows": (19, 2 * 655), "columns": (3, 2, 2 * 1100), "one": (1, 2), "empty": (0, 6), "vector": (10,)}
 
@@ -93,7 +93,15 @@ def test_swiglu_and_geglu_are_torchs():
 def test_row_strided_input_is_not_copied():
     wide = torch.randn(5, 400, device=DEVICE)
     x, grad = wide[:, 40:168], torch.randn(5, 64, device=DEVICE)
+    assert _View((x, grad), True, False, 8).tensors[0].data_ptr() == x.data_ptr()
     check(*both("silu", x, grad, [], None, None, True))
+
+
+def test_a_scalar_with_a_weight_stays_a_scalar():
+    x, weight = torch.tensor(2.0, device=DEVICE), torch.tensor([0.5], device=DEVICE)
+    for backend in ("reference", "triton"):
+        y = kernels.apply("relu", x, weights=weight, backend=backend)
+        assert y.shape == () and y.item() == 1.0
 
 
 def test_weights_keep_their_shape():

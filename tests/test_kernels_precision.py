@@ -76,11 +76,11 @@ def check_sums(n, bound):
 
 
 def test_sums_with_the_rows_of_a_large_tensor(monkeypatch):
-    monkeypatch.setattr(ops, "SMALL", 0)
+    monkeypatch.setattr(ops, "PROGRAMS", 1)
     check_sums((1 << 16) + 77, 2e-7)
     x, params = torch.randn(40_000, device=DEVICE), [p.detach() for p in shifted_params("xielu")]
     large = kernels.apply("xielu", x, params, backend="triton")
-    monkeypatch.setattr(ops, "SMALL", 1 << 20)
+    monkeypatch.setattr(ops, "PROGRAMS", 1 << 20)
     assert torch.equal(large, kernels.apply("xielu", x, params, backend="triton"))
 
 

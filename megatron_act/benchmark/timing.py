@@ -144,6 +144,8 @@ def sampler(work: Work, buffers: Sequence[Buffer], device: str) -> Sampler:
     torch.cuda.synchronize()
     try:
         return Replay(work, states)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:  # not allowed while capturing
         torch.cuda.set_stream(outside)  # a failed capture leaves its own
         torch.cuda.synchronize()
