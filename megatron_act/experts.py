@@ -116,10 +116,17 @@ class ActivationGroupedExperts(TEGroupedMLP):
 
 
 class ExpertMLP(ActivationMLP):
-    """One routed expert; scalars of its own are reduced by DDP over the ranks over which its weights are."""
+    """One routed expert; scalars of its own are reduced by DDP over the ranks over which its weights are.
+
+    So is fc2's bias: an expert sees whole tokens of the whole sequence, whatever ranks they came from. Megatron's local
+    linear layer marks it for a further sum over the tensor-parallel ranks under sequence parallelism, as if it were a
+    dense layer's, which doubles it or adds up the biases of different experts.
+    """
 
     def __init__(self, config: TransformerConfig, submodules: ActivationMLPSubmodules, **kwargs: Any) -> None:
         super().__init__(config, submodules, **kwargs)
+        if self.linear_fc2.bias is not None:
+            self.linear_fc2.bias.sequence_parallel = False
         if submodules.own_scalars:
             for scalar in self.activation_func.parameters():
                 scalar.allreduce = getattr(self.linear_fc1.weight, "allreduce", True)

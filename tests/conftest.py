@@ -17,6 +17,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before triton is imported
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("megatron-act")
+    group.addoption(
+        "--drawn-cases", type=int, default=40, help="random training configurations to compare with the oracle"
+    )
+    group.addoption("--drawn-log", metavar="FILE", help="write each drawn case, its differences and the coverage here")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # The interpreter computes both branches of a where in numpy, which warns about the branch not taken.
     for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
