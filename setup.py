@@ -28,6 +28,7 @@ REPORT = [
 ]
 DEV = [
     "pytest>=8",  # test runner
+    "pytest-xdist",  # two files of tests at a time: the suite takes half as long on two cores
     "pytest-timeout",  # a hung collective must fail, not wait for the job limit
     "ruff>=0.14",  # formatting and lint
     "mypy>=1.15",  # types
