@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     group.add_argument("--cpu", action="store_true", help="train on the CPU with gloo (development and tests)")
     group.add_argument("--metrics-jsonl", metavar="FILE", help="write loss, scalars and speed of each logged step here")
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="N",
+        help="dense TFLOP/s of one GPU, for MFU (default: known for A100, H100, H200, B200 and GB200 in bf16)",
+    )
     parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
     parser.formatter_class = _Help
     return parser

@@ -60,10 +60,8 @@ class Finalize:
 
 
 def can_check(models: Sequence[Any]) -> bool:
-    """Whether gradients live in Megatron's DDP buffers, and Python code runs in every step (no CUDA graphs)."""
-    config = get_model_config(models[0])
-    graphs = getattr(config, "cuda_graph_impl", "none") != "none" or getattr(config, "enable_cuda_graph", False)
-    return _in_ddp(models) and not graphs and getattr(config, "gtp_weight_remat_size", 1) == 1
+    """Whether gradients live, whole, in Megatron's DDP buffers."""
+    return _in_ddp(models) and getattr(get_model_config(models[0]), "gtp_weight_remat_size", 1) == 1
 
 
 def _in_ddp(models: Sequence[Any]) -> bool:

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_act import recompute
+from megatron_act import graphs, recompute
 from megatron_act.activation import TrainableActivation
 
 
@@ -52,12 +52,22 @@ class ActivationMLP(MLP):
             (output, output bias or None); with ``per_token_scale`` the bias is in the output already.
         """
         x, bias = self.linear_fc1(hidden_states)
-        y = self.activation_func(x, bias, per_token_scale)
-        with recompute.dropped_input(y):
-            output, output_bias = self.linear_fc2(y)
+        if self.activation_func.recompute:
+            output, output_bias = self._without_keeping(x, bias, per_token_scale)
+        else:
+            output, output_bias = self.linear_fc2(self.activation_func(x, bias, per_token_scale))
         if per_token_scale is None or output_bias is None:
             return output, output_bias
         return output + (output_bias * per_token_scale.unsqueeze(-1)).to(output.dtype), None
+
+    @torch.compiler.disable  # which can trace neither the hooks nor a question to y's autograd node
+    def _without_keeping(
+        self, x: torch.Tensor, bias: torch.Tensor | None, per_token_scale: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Activation and fc2, which together keep x only (``recompute``)."""
+        y = self.activation_func(x, bias, per_token_scale)
+        with recompute.dropped_input(y):
+            return self.linear_fc2(y)
 
     def set_layer_number(self, layer_number: int) -> None:
         """Called by Megatron's TransformerLayer with its number in the whole model, from 1."""
@@ -90,7 +100,14 @@ def refuse_unsupported(config: TransformerConfig, activation: str) -> None:
         (config.gated_linear_unit, "a gated MLP", "remove --swiglu (and set --ffn-hidden-size to 1.5x the gated one)"),
         (config.use_te_activation_func, "Transformer Engine's activation", "remove --use-te-activation-func"),
         (getattr(config, "use_kitchen", False), "kitchen layers", "remove --use-kitchen"),
+        (
+            getattr(config, "transformer_impl", None) == "inference_optimized",
+            "inference-optimized layers (their experts compute Megatron's own activations, the others are untested)",
+            "use --transformer-impl transformer_engine or local, which generate too",
+        ),
     )
     for present, what, remedy in problems:
         if present:
             raise ValueError(f"--activation {activation}: expected a plain MLP, got {what}: {remedy}")
+    if why := graphs.conflict(config):
+        raise ValueError(why)

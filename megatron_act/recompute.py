@@ -112,7 +112,6 @@ def conflict(settings: Any) -> str | None:
         settings: Megatron's parsed arguments or a TransformerConfig.
     """
     experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
-    graphs = getattr(settings, "cuda_graph_impl", "none") not in (None, "none")
     problems = (
         (getattr(settings, "fp8", None), "--fp8-format: fc2 keeps an FP8 copy of its input, nothing would be dropped"),
         (getattr(settings, "fp4", None), "--fp4-format: fc2 keeps an FP4 copy of its input, nothing would be dropped"),
@@ -124,9 +123,6 @@ def conflict(settings: Any) -> str | None:
             experts and getattr(settings, "moe_shared_expert_overlap", False),
             "--moe-shared-expert-overlap: overlapped shared experts keep their activation's output",
         ),
-        (graphs, "--cuda-graph-impl: recomputing inside a captured graph is not supported"),
-        (getattr(settings, "enable_cuda_graph", False), "--enable-cuda-graph: see --cuda-graph-impl"),
-        (getattr(settings, "external_cuda_graph", False), "--external-cuda-graph: see --cuda-graph-impl"),
         (
             getattr(settings, "cpu_offloading_num_layers", 0),
             "--cpu-offloading-num-layers: the pre-activation would travel for an output that is recomputed anyway",

@@ -14,6 +14,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training import print_rank_0
 
 from megatron_act import finalize, mtp, optimizer_groups
 from megatron_act.experts import moe_with_activation
@@ -61,8 +62,15 @@ def with_activation(
     )
     placed = _placed(spec, describe, config, per_expert)
     config.activation_func = _refusal(name)
-    config.bias_activation_fusion = False  # Megatron's own fused kernels; ActivationMLP fuses the bias itself
+    _bypass_fusion(name, config)
     return placed
+
+
+def _bypass_fusion(name: str, config: TransformerConfig) -> None:
+    """Switches off Megatron's fusion of bias and GELU, which is on by default, and says so: once per configuration."""
+    if config.bias_activation_fusion:
+        print_rank_0(f"> megatron-act: --no-bias-gelu-fusion is implied: {name} adds the bias in its own kernel")
+    config.bias_activation_fusion = False
 
 
 def _describe(parts: MLPSubmodules, **activation: Any) -> ActivationMLPSubmodules:

@@ -1,31 +1,37 @@
-"""What a run tells while it trains: loss, speed and every layer's scalars, to TensorBoard and to a JSONL file.
+"""What a run tells while it trains: loss, throughput and every layer's scalars, to TensorBoard and to a JSONL file.
 
 Megatron's loop has no hook for extra metrics, so ``install`` wraps its ``training_log`` and its evaluation. One JSON
 object a line, written by the last rank (which holds the loss), flushed at once:
 
-* ``{"event": "start", "activation", "args", "parameters", "versions", "time"}``
-* ``{"event": "step", "iteration", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "scalars"}``
+* ``{"event": "start", "activation", "args", "parameters", "peak_tflops", "versions", "time"}``
+* ``{"event": "step", "iteration", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "step_seconds",
+  "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "scalars"}``
 * ``{"event": "evaluation", "split": "validation" or "test", "iteration", "tokens", "loss"}``
 
 ``loss`` is in nats per token of that step, ``seconds`` the wall time since the first step, ``scalars`` the effective
-values by name, one per layer in depth order. A resumed run appends: its start line, then the iterations from where it
-resumed, with ``seconds`` counted anew.
+values by name, one per layer in depth order. ``step_seconds`` to ``mfu`` are means over the steps since the last record
+(``throughput`` says what they count), without the run's first step where that has no record of its own; ``mfu`` is null
+without a peak to compare with, and a line of the log says why. A resumed run appends: its start line, then the
+iterations from where it resumed, with ``seconds`` counted anew.
 """
 
 import json
 import time
 from argparse import Namespace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import mpu
-from megatron.training import get_tensorboard_writer, is_last_rank
+from megatron.core.num_microbatches_calculator import get_current_running_global_batch_size
+from megatron.training import get_tensorboard_writer, get_timers, is_last_rank, print_rank_0
 from megatron.training import training as megatron_loop
 
 from megatron_act import __version__, replicas
 from megatron_act.activation import TrainableActivation, activations_of
+from megatron_act.throughput import Meter, Peak, Throughput, peak_of
 
 RECORDED_FLAGS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size"),
@@ -50,15 +56,20 @@ class Telemetry:
         self.args = args
         self.models: list[Any] = []
         self.started: float | None = None
+        self.peak: Peak | None = None
+        self.meter: Meter | None = None
         self.path = Path(args.metrics_jsonl) if args.metrics_jsonl else None
 
     def remember(self, models: list[Any]) -> list[Any]:
         """A post-wrap hook: keeps the model chunks and writes the start line."""
         self.models = models
+        self.peak = peak_of(self.args, torch.cuda.get_device_name() if torch.cuda.is_available() else None)
+        print_rank_0(f"> megatron-act: {self.peak}")
         parameters = _count_parameters(models)
         if self.path and is_last_rank():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._write({"event": "start", **self._describe(), "parameters": parameters})
+            sizes = {"parameters": parameters, "peak_tflops": self.peak.tflops}
+            self._write({"event": "start", **self._describe(), **sizes})
         return models
 
     def _describe(self) -> dict[str, Any]:
@@ -75,15 +86,16 @@ class Telemetry:
         }
 
     def step(self, iteration: int, loss_dict: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
-        """Records one training step, every ``--log-interval`` steps; every rank must call it."""
+        """Records one training step, every ``--log-interval`` steps; every rank must call it, after Megatron's log."""
+        pace = self._pace(iteration)
         self.started = self.started or time.perf_counter()
-        if iteration % self.args.log_interval:
+        if pace is None or iteration % self.args.log_interval:
             return
         replicas.refresh_values(self.models)
         scalars = gather_scalars(self.models, self.args.pipeline_model_parallel_size)
         if not is_last_rank():
             return
-        self._tensorboard(scalars, iteration)
+        self._tensorboard(scalars, pace, iteration)
         loss = loss_dict.get("lm loss")
         self._write(
             {
@@ -94,9 +106,22 @@ class Telemetry:
                 "learning_rate": learning_rate,
                 "grad_norm": None if grad_norm is None else float(grad_norm),
                 "seconds": round(time.perf_counter() - self.started, 3),
+                **asdict(pace),
                 "scalars": scalars,
             }
         )
+
+    def _pace(self, iteration: int) -> Throughput | None:
+        """Throughput since the last lap, where Megatron has just read its timer: logged steps and the first one."""
+        first = self.meter is None
+        if self.meter is None:
+            assert self.peak is not None
+            flops = megatron_loop.num_floating_point_operations(self.args, batch_size=1)
+            self.meter = Meter(self.args.seq_length, flops, self.args.world_size, self.peak.tflops)
+        self.meter.add(get_current_running_global_batch_size())
+        if iteration % self.args.log_interval and not first:
+            return None
+        return self.meter.lap(get_timers()("interval-time").active_time())
 
     def evaluation(self, losses: dict[str, Any], iteration: int, split: str) -> None:
         """Records a validation or test loss; only the last rank has one."""
@@ -105,12 +130,16 @@ class Telemetry:
             tokens = self.args.consumed_train_samples * self.args.seq_length
             self._write({"event": "evaluation", **place, "tokens": tokens, "loss": float(losses["lm loss"])})
 
-    def _tensorboard(self, scalars: dict[str, list[float]], iteration: int) -> None:
+    def _tensorboard(self, scalars: dict[str, list[float]], pace: Throughput, iteration: int) -> None:
         writer = get_tensorboard_writer()
-        if writer:
-            for name, by_layer in scalars.items():
-                for layer, value in enumerate(by_layer, start=1):
-                    writer.add_scalar(f"activation/{name}/layer_{layer}", value, iteration)
+        if not writer:
+            return
+        for name, by_layer in scalars.items():
+            for layer, value in enumerate(by_layer, start=1):
+                writer.add_scalar(f"activation/{name}/layer_{layer}", value, iteration)
+        for name, value in asdict(pace).items():
+            if value is not None:
+                writer.add_scalar(f"throughput/{name}", value, iteration)
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.path:
@@ -199,9 +228,10 @@ def _wrap_training_log(telemetry: Telemetry) -> None:
     original = megatron_loop.training_log
 
     def training_log(loss_dict: Any, total: Any, learning_rate: Any, iteration: int, *rest: Any, **kwargs: Any) -> Any:
+        report_memory = original(loss_dict, total, learning_rate, iteration, *rest, **kwargs)
         grad_norm = rest[3]  # loss_scale, report_memory_flag, skipped_iter, grad_norm, ...
-        telemetry.step(iteration, loss_dict, learning_rate, grad_norm)
-        return original(loss_dict, total, learning_rate, iteration, *rest, **kwargs)
+        telemetry.step(iteration, loss_dict, learning_rate, grad_norm)  # after Megatron has read its timer
+        return report_memory
 
     megatron_loop.training_log = training_log
 

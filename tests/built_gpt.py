@@ -4,14 +4,17 @@ Runs in a process of its own, because Megatron's parallel state and the CPU back
 
     echo '[{"hidden_size": 64, ...}]' | python tests/built_gpt.py
 
-Standard input: a JSON list of `megatron_act.budget.Shape` fields. Standard output: a JSON list with the parameters, the
+Standard input: a JSON list of `megatron_act.budget.Shape` fields; ``"experts"`` beside them, the fields of `Experts`,
+makes a mixture of experts. Standard output: a JSON list with the parameters, the
 FLOPs per token that torch's counter sees (forward, forward + backward), and what Megatron itself estimates.
 """
 
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,7 +26,7 @@ import torch  # noqa: E402  the backend comes first
 import torch.nn.functional as F  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.activations import squared_relu  # noqa: E402
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec  # noqa: E402
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec  # noqa: E402
 from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
@@ -37,18 +40,29 @@ from megatron_act.budget import Shape  # noqa: E402
 STOCK = {"swiglu": F.silu, "geglu": F.gelu, "gelu": F.gelu, "relu2": squared_relu}
 
 
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the layers where ``pattern`` is 1."""
+
+    count: int = 4
+    topk: int = 2
+    width: int = 64
+    shared_width: int = 32
+    pattern: tuple[int, ...] = (0, 1)
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
     model_parallel_cuda_manual_seed(1)
-    shapes = [Shape(**fields) for fields in json.load(sys.stdin)]
-    results = [measure(shape) for shape in shapes]
+    cases = [(fields.pop("experts", None), Shape(**fields)) for fields in json.load(sys.stdin)]
+    results = [measure(shape, experts and Experts(**experts)) for experts, shape in cases]
     print(json.dumps(results))
 
 
-def measure(shape: Shape) -> dict[str, int | float]:
-    model = build(shape)
-    args = megatron_args(shape)
+def measure(shape: Shape, experts: Experts | None) -> dict[str, int | float]:
+    model = build(shape, experts)
+    args = megatron_args(shape, experts)
     forward, training = count_flops(model, shape)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -59,7 +73,7 @@ def measure(shape: Shape) -> dict[str, int | float]:
     }
 
 
-def build(shape: Shape) -> GPTModel:
+def build(shape: Shape, experts: Experts | None) -> GPTModel:
     config = TransformerConfig(
         hidden_size=shape.hidden_size,
         num_layers=shape.num_layers,
@@ -75,8 +89,9 @@ def build(shape: Shape) -> GPTModel:
         add_bias_linear=shape.bias,
         add_qkv_bias=shape.qkv_bias,
         use_cpu_initialization=True,
+        **(expert_settings(experts) if experts else {}),
     )
-    spec = get_gpt_layer_local_spec(qk_layernorm=shape.qk_layernorm, normalization=shape.normalization)
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
     if shape.activation not in STOCK:
         spec = specs.with_activation(spec, shape.activation, config)
     return GPTModel(
@@ -87,6 +102,18 @@ def build(shape: Shape) -> GPTModel:
         share_embeddings_and_output_weights=shape.tied_embeddings,
         position_embedding_type="learned_absolute" if shape.learned_positions else "rope",
     )
+
+
+def expert_settings(experts: Experts) -> dict[str, Any]:
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.topk,
+        "moe_ffn_hidden_size": experts.width,
+        "moe_shared_expert_intermediate_size": experts.shared_width,
+        "moe_layer_freq": list(experts.pattern),
+        "moe_token_dispatcher_type": "allgather",
+        "moe_router_load_balancing_type": "none",
+    }
 
 
 def count_flops(model: GPTModel, shape: Shape) -> tuple[float, float]:
@@ -101,7 +128,7 @@ def count_flops(model: GPTModel, shape: Shape) -> tuple[float, float]:
     return forward / shape.seq_length, counter.get_total_flops() / shape.seq_length
 
 
-def megatron_args(shape: Shape) -> SimpleNamespace:
+def megatron_args(shape: Shape, experts: Experts | None) -> SimpleNamespace:
     """The arguments that Megatron's own FLOP and memory estimates read; the layout concerns the latter only."""
     return SimpleNamespace(
         hidden_size=shape.hidden_size,
@@ -123,15 +150,18 @@ def megatron_args(shape: Shape) -> SimpleNamespace:
         expert_tensor_parallel_size=2,
         expert_model_parallel_size=1,
         use_distributed_optimizer=True,
-        num_experts=None,
-        mtp_num_layers=None,
-        moe_ffn_hidden_size=None,
+        num_experts=experts and experts.count,
+        moe_router_topk=experts and experts.topk,
+        moe_layer_freq=experts and list(experts.pattern),
+        moe_ffn_hidden_size=experts and experts.width,
+        moe_shared_expert_intermediate_size=experts and experts.shared_width,
         moe_latent_size=None,
-        moe_shared_expert_intermediate_size=None,
+        mtp_num_layers=None,
         multi_latent_attention=False,
         hybrid_layer_pattern=None,
         experimental_attention_variant=None,
         attention_output_gate=False,
+        add_bias_linear=shape.bias,
     )
 
 

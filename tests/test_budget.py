@@ -39,6 +39,12 @@ SHAPES = {
         SMALL, activation="gelu", bias=True, tied_embeddings=False, num_layers=3
     ),
 }
+# dense first layer, then top-2 of 4 experts of width 64 with a shared expert of width 32
+EXPERTS = {"count": 4, "topk": 2, "width": 64, "shared_width": 32, "pattern": (0, 1)}
+MIXTURES = {
+    "geglu experts, untied": SHAPES["geglu, untied"],
+    "xielu experts, GQA": dataclasses.replace(SHAPES["xielu, QK-norm"], num_query_groups=2),
+}
 PAPER = {"num_attention_heads": 16, "vocab_size": 147456}
 PAPER_1B = {"hidden_size": 1536, "num_layers": 24, "tied_embeddings": True, **PAPER}
 PAPER_3B = {"hidden_size": 2048, "num_layers": 36, "tied_embeddings": False, **PAPER}
@@ -46,13 +52,15 @@ PAPER_3B = {"hidden_size": 2048, "num_layers": 36, "tied_embeddings": False, **P
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, float]]:
-    """What Megatron-Core built and torch counted for each of SHAPES, measured in a process of its own."""
-    shapes = json.dumps([dataclasses.asdict(shape) for shape in SHAPES.values()])
+    """What Megatron-Core built and torch counted for SHAPES and MIXTURES, measured in a process of its own."""
+    dense = [dataclasses.asdict(shape) for shape in SHAPES.values()]
+    mixtures = [dataclasses.asdict(shape) | {"experts": EXPERTS} for shape in MIXTURES.values()]
+    shapes = json.dumps(dense + mixtures)
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tests" / "built_gpt.py")]
     result = subprocess.run(command, input=shapes, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr
-    return dict(zip(SHAPES, json.loads(result.stdout.splitlines()[-1]), strict=True))
+    return dict(zip([*SHAPES, *MIXTURES], json.loads(result.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -70,6 +78,18 @@ def test_full_attention_flops_equal_torch_counter(built, name):
 @pytest.mark.parametrize("name", SHAPES)
 def test_causal_flops_equal_what_megatron_logs(built, name):
     assert flops(SHAPES[name]).training() == built[name]["megatron_training"]
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_megatron_counts_the_chosen_experts_and_the_shared_one(built, name):
+    """Three matrices an expert with a gate, two without; torch sees the router too, which Megatron leaves out."""
+    shape = MIXTURES[name]
+    mlp = 2 * shape.mlp_matrices * shape.hidden_size  # FLOPs per token and feature of the MLP's width, forward
+    experts = mlp * (EXPERTS["topk"] * EXPERTS["width"] + EXPERTS["shared_width"] - shape.ffn_hidden_size)
+    router = 2 * shape.hidden_size * EXPERTS["count"]
+    assert built[name]["megatron_training"] == 3 * (flops(shape).forward() + experts)
+    assert built[name]["forward"] == flops(shape).forward(causal=False) + experts + router
+    assert built[name]["training"] == 3 * built[name]["forward"]
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ run_benchmark() {
 }
 
 # What is left of the time is divided among the parts that are left, in these proportions.
-declare -A share=([kernels]=40 [training]=15 [benchmark]=45)
+declare -A share=([kernels]=35 [training]=25 [benchmark]=40)
 left=0
 for part in "${parts[@]}"; do left=$((left + share[$part])); done
 code=0

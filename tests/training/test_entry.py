@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_support import MODEL_FLAGS, Train, torchrun
+from training_support import MODEL_FLAGS, Run, Train, torchrun
 
 from megatron_act import arguments
 from megatron_act.cpu_backend import FLAGS
@@ -19,31 +19,75 @@ def logged_losses(log: str) -> list[str]:
     return re.findall(r"lm loss: (\S+)", log)
 
 
+def lines_with(words: str, log: str) -> list[str]:
+    return [line for line in log.splitlines() if words in line]
+
+
 @pytest.mark.distributed
-def test_spec_from_a_megatron_lm_entry_trains_the_same_model(train: Train, data_flags: list[str]) -> None:
-    ours = train("--activation", "xielu", "--train-iters", "5", "--tensor-model-parallel-size", "2", ranks=2)
-    assert ours.code == 0, ours.log[-3000:]
-    spec = ["--spec", "megatron_act.specs", "xielu", "--train-iters", "5", "--tensor-model-parallel-size", "2"]
+def test_spec_from_a_megatron_lm_entry_trains_the_same_model(data_flags: list[str]) -> None:
+    """With biases, and Megatron's fusion of bias and GELU at its default, on: it is bypassed, and one line says so."""
+    model = [word for word in MODEL_FLAGS if word != "--disable-bias-linear"]
+    flags = [*model, *data_flags, "--train-iters", "5", "--tensor-model-parallel-size", "2"]
+    ours = torchrun("-m", "megatron_act.pretrain_gpt", "--cpu", *flags, "--activation", "xielu", ranks=2)
+    assert ours.returncode == 0, ours.stdout[-3000:]
     script = [str(WORKERS / "on_cpu.py"), str(WORKERS / "megatron_lm_entry.py")]
-    theirs = torchrun(*script, *FLAGS, *MODEL_FLAGS, *data_flags, *spec, ranks=2)
+    theirs = torchrun(*script, *FLAGS, *flags, "--spec", "megatron_act.specs", "xielu", ranks=2)
     assert theirs.returncode == 0, theirs.stdout[-3000:]
-    assert len(logged_losses(ours.log)) == 5
-    assert logged_losses(theirs.stdout) == logged_losses(ours.log)
+    assert len(logged_losses(ours.stdout)) == 5
+    assert logged_losses(theirs.stdout) == logged_losses(ours.stdout)
+    for log in (ours.stdout, theirs.stdout):
+        assert lines_with("bias-gelu-fusion", log) == [
+            "> megatron-act: --no-bias-gelu-fusion is implied: xielu adds the bias in its own kernel"
+        ]
+
+
+@pytest.fixture(scope="module")
+def configured(train: Train, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, EventAccumulator]:
+    """Four steps by a config file, an evaluation after the second, and the TensorBoard events."""
+    folder = tmp_path_factory.mktemp("configured")
+    config = folder / "run.yaml"
+    config.write_text("MODEL_ARGS:\n  --activation: crrelu\n  --train-iters: 7\n  --activation-init: [eps=0.3]\n")
+    board = ["--tensorboard-dir", str(folder / "board"), "--log-throughput", "--log-timers-to-tensorboard"]
+    steps = ["--train-iters", "4", "--eval-interval", "2", "--eval-iters", "1", "--lr", "0", "--min-lr", "0"]
+    peak = ["--peak-tflops", "0.002"]
+    run = train("--config", str(config), *steps, *board, *peak, "--check-for-spiky-loss")
+    assert run.code == 0, run.log[-3000:]
+    return run, EventAccumulator(str(folder / "board")).Reload()
 
 
 @pytest.mark.distributed
-def test_config_file_trains_and_the_command_line_wins(train: Train, tmp_path: Path) -> None:
-    config = tmp_path / "run.yaml"
-    config.write_text("MODEL_ARGS:\n  --activation: crrelu\n  --train-iters: 7\n  --activation-init: [eps=0.3]\n")
-    board = ["--tensorboard-dir", str(tmp_path / "board"), "--check-for-spiky-loss"]
-    run = train("--config", str(config), "--train-iters", "2", "--lr", "0", "--min-lr", "0", *board)
-    assert run.code == 0, run.log[-3000:]
+def test_config_file_trains_and_the_command_line_wins(configured: tuple[Run, EventAccumulator]) -> None:
+    run, events = configured
     assert run.records[0]["activation"] == "crrelu"
-    assert [step["iteration"] for step in run.steps] == [1, 2]
+    assert [step["iteration"] for step in run.steps] == [1, 2, 3, 4]
     assert run.steps[-1]["scalars"] == {"eps": pytest.approx([0.3] * 4, abs=1e-7)}
-    events = EventAccumulator(str(tmp_path / "board")).Reload()
     assert {f"activation/eps/layer_{layer}" for layer in (1, 2, 3, 4)} <= set(events.Tags()["scalars"])
-    assert [event.value for event in events.Scalars("activation/eps/layer_3")] == pytest.approx([0.3, 0.3])
+    assert [event.value for event in events.Scalars("activation/eps/layer_3")] == pytest.approx([0.3] * 4)
+
+
+@pytest.mark.distributed
+def test_throughput_is_megatrons_own_with_its_evaluations_left_out(configured: tuple[Run, EventAccumulator]) -> None:
+    """Megatron writes no first step, and as the second its mean with the first; ours has each."""
+    run, events = configured
+    seconds = [step["step_seconds"] for step in run.steps]
+    theirs = {event.step: event.value for event in events.Scalars("iteration-time")}
+    assert theirs == pytest.approx({2: (seconds[0] + seconds[1]) / 2, 3: seconds[2], 4: seconds[3]}, rel=1e-6)
+    tflops = {event.step: event.value for event in events.Scalars("throughput")}
+    assert [step["tflops_per_gpu"] for step in run.steps[2:]] == pytest.approx([tflops[3], tflops[4]], rel=1e-6)
+    for step, elapsed in zip(run.steps, seconds, strict=True):
+        assert step["tokens_per_second_per_gpu"] == pytest.approx(8 * 64 / elapsed)
+        assert step["mfu"] == pytest.approx(step["tflops_per_gpu"] / 0.002)
+    assert run.steps[2]["seconds"] - run.steps[1]["seconds"] > seconds[2]  # the clock that has the evaluation in it
+
+
+@pytest.mark.distributed
+def test_throughput_is_in_tensorboard_and_its_peak_in_the_log(configured: tuple[Run, EventAccumulator]) -> None:
+    run, events = configured
+    for name in ("step_seconds", "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu"):
+        written = [event.value for event in events.Scalars(f"throughput/{name}")]
+        assert written == pytest.approx([step[name] for step in run.steps], rel=1e-6)
+    assert run.records[0]["peak_tflops"] == 0.002
+    assert lines_with("MFU", run.log) == ["> megatron-act: MFU of 0.002 TFLOP/s per GPU (--peak-tflops)"]
 
 
 def test_our_flags_are_frozen() -> None:
@@ -58,5 +102,6 @@ def test_our_flags_are_frozen() -> None:
         "--config",
         "--cpu",
         "--metrics-jsonl",
+        "--peak-tflops",
         "--recompute-activation-function",
     ]

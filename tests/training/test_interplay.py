@@ -29,7 +29,6 @@ REFUSED = {
     "nothing to fill": ([*BASE, "--activation-init-missing"], ["--activation-init-missing", "--activation NAME"]),
     "fp8": ([*BASE, *XIELU, AGAIN, "--fp8-format", "hybrid"], [AGAIN, "--fp8-format", "remove one"]),
     "grouped": ([*BASE, *XIELU, *EXPERTS, AGAIN, "--moe-grouped-gemm"], [AGAIN, "--moe-grouped-gemm", "remove one"]),
-    "graphs": ([*BASE, *XIELU, AGAIN, "--cuda-graph-impl", "local"], [AGAIN, "--cuda-graph-impl", "remove one"]),
     "offload": ([*BASE, *XIELU, AGAIN, "--cpu-offloading-num-layers", "1"], [AGAIN, "--cpu-offloading-num-layers"]),
     "megatron fsdp": ([*BASE, *XIELU, "--use-megatron-fsdp"], ["--use-megatron-fsdp", "remove it"]),
     "torch fsdp2": ([*BASE, *XIELU, "--use-torch-fsdp2"], ["--use-torch-fsdp2", "remove it"]),

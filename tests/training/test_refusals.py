@@ -39,6 +39,18 @@ EARLY = {
         ["gloo", "allgather"],
     ),
     "op fuser": ([*XIELU, "--use-transformer-engine-op-fuser"], ["--use-transformer-engine-op-fuser", "remove it"]),
+    "graphs of whole layers": ([*XIELU, "--cuda-graph-impl", "local"], ["--cuda-graph-impl local", "attn"]),
+    "graphs of the MLP": (
+        [*XIELU, "--cuda-graph-impl", "transformer_engine", "--cuda-graph-modules", "attn", "mlp"],
+        ["--cuda-graph-impl transformer_engine", "attn"],
+    ),
+    "graph of the whole step": ([*XIELU, "--cuda-graph-impl", "full_iteration"], ["--cuda-graph-impl full_iteration"]),
+    "graphs by an old flag": ([*XIELU, "--enable-cuda-graph"], ["--enable-cuda-graph", "attn"]),
+    "inference layers": (
+        [*XIELU, "--transformer-impl", "inference_optimized"],
+        ["--transformer-impl inference_optimized", "transformer_engine or local"],
+    ),
+    "peak of no use": ([*XIELU, "--peak-tflops", "900"], ["--peak-tflops", "--metrics-jsonl FILE"]),
     "no micro batch": (NO_MICRO_BATCH, ["micro_batch_size"]),
     "no device": ([word for word in XIELU if word != "--cpu"], ["CUDA device", "--cpu"]),
     "sft": ([*XIELU, "--sft"], ["--sft", "pretrain_gpt.py"]),
