@@ -138,6 +138,20 @@ def _host_splits(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+def _without_draws(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Data loaders draw a seed from the CPU's random state, which here is the device's, that a checkpoint restores."""
+
+    @functools.wraps(original)
+    def build(*args: Any, **kwargs: Any) -> Any:
+        state = torch.get_rng_state()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            torch.set_rng_state(state)
+
+    return build
+
+
 def _patch_megatron() -> None:
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
     import megatron.training.training as training
@@ -145,6 +159,7 @@ def _patch_megatron() -> None:
     use_built_helpers()  # foreign entry points do not
     token_dispatcher.maybe_move_tensor_to_cpu = _host_splits  # all_to_all takes split sizes as a list or array only
     training.initialize_megatron = functools.partial(training.initialize_megatron, allow_no_cuda=True)
+    training.build_train_valid_test_data_iterators = _without_draws(training.build_train_valid_test_data_iterators)
     cpu_optimizer.install()
 
 

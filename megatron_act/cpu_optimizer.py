@@ -1,8 +1,10 @@
 """Resuming Megatron's distributed optimizer with torch's AdamW, which it takes where apex and Transformer Engine lack.
 
-Two places of ``megatron/core/optimizer/distrib_optimizer.py`` 0.19 assume the fused optimizers' bookkeeping:
-``state_dict`` reads the step count of a fresh optimizer, which AdamW does not have before its first step, and
-``load_state_dict`` gives all parameters one step tensor, then overwrites it with the count from before the load.
+Three places of ``megatron/core/optimizer/distrib_optimizer.py`` 0.19 assume the fused optimizers' bookkeeping:
+``state_dict`` reads the step count of a fresh optimizer, which AdamW does not have before its first step;
+``load_state_dict`` gives all parameters one step tensor, then overwrites it with the count from before the load; and
+``_set_main_param_and_optimizer_states`` expects a step count among the tensors of each parameter that a reshardable
+checkpoint holds, which has it in the groups.
 """
 
 import functools
@@ -13,9 +15,11 @@ import torch
 
 
 def install() -> None:
-    """Repairs saving's and loading's half of it; part of ``cpu_backend.install``."""
+    """Repairs all three; part of ``cpu_backend.install``."""
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    set_tensors = DistributedOptimizer._set_main_param_and_optimizer_states
+    DistributedOptimizer._set_main_param_and_optimizer_states = _without_steps(set_tensors)
     DistributedOptimizer.state_dict = _with_state(DistributedOptimizer.state_dict)
     DistributedOptimizer.load_state_dict = _with_own_steps(DistributedOptimizer.load_state_dict)
 
@@ -48,3 +52,11 @@ def _with_own_steps(original: Callable[..., Any]) -> Callable[..., Any]:
                 state["step"] = torch.tensor(step)
 
     return load_state_dict
+
+
+def _without_steps(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict[str, Any]) -> None:
+        original(self, model_param, {"step": None, **tensors})  # what is no tensor is left as it is
+
+    return set_main_param_and_optimizer_states

@@ -24,15 +24,19 @@ from megatron_act import (
     experts,
     finalize,
     gpt_data,
+    graphs,
     mtp,
     norms,
     recompute,
     restore,
     specs,
     telemetry,
+    throughput,
 )
 from megatron_act.activation import activations_of, raw_initial_values
 from megatron_act.checkpoint.experts import check_experts
+from megatron_act.checkpoint.optimizer import check_optimizer
+from megatron_act.checkpoint.tracker import repair_tracker
 from megatron_act.compat import use_built_helpers
 from megatron_act.errors import UserError
 from megatron_act.gpt_step import forward_step
@@ -91,6 +95,7 @@ def _check_files(args: Namespace) -> None:
         gpt_data.check_data(args, get_tokenizer().vocab_size)
     if args.load and args.rank == 0:
         check_experts(args.load, args)
+        check_optimizer(args.load, args)
 
 
 def _stand_alone() -> None:
@@ -112,6 +117,8 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
         words = [*cpu_backend.FLAGS, *words]
     sys.argv = [sys.argv[0], *words]
     args = parser.parse_args(words)
+    if args.load and (repaired := repair_tracker(args.load)):
+        print_rank_0(f"> megatron-act: {repaired}")
     if restored := restore.flags_of(args, parser, words):
         words = [*restored, *words]
         sys.argv, args = [sys.argv[0], *words], parser.parse_args(words)
@@ -152,6 +159,8 @@ def check_arguments(args: Namespace) -> None:
             )
     _check_tokenizer(args)
     _check_async(args)
+    if why := throughput.conflict(args):
+        raise UserError(why)
     if args.activation is None:
         _check_without_activation(args)
         return
@@ -198,12 +207,17 @@ def _check_layout(args: Namespace) -> None:
             "--use-megatron-fsdp: its sharding of the scalars is untested, hence refused: remove it",
         ),
         (args.use_torch_fsdp2, "--use-torch-fsdp2: it shards parameters of one dtype, the scalars are fp32: remove it"),
+        (
+            args.transformer_impl == "inference_optimized",
+            "--transformer-impl inference_optimized: its experts compute Megatron's own activations, the others are "
+            "untested: use transformer_engine or local, which generate too",
+        ),
         (args.use_te_activation_func, "--use-te-activation-func and --activation name two activations: remove one"),
     )
     for present, message in problems:
         if present:
             raise UserError(message)
-    if why := experts.conflict(args):
+    if why := experts.conflict(args) or graphs.conflict(args):
         raise UserError(why)
     if args.recompute_activation_function and (why := recompute.conflict(args)):
         raise UserError(why)

@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--drawn-cases", type=int, default=40, help="random training configurations to compare with the oracle"
     )
+    group.addoption("--full-matrix", action="store_true", help="reshard between all pairs of layouts, not a sample")
     group.addoption("--drawn-log", metavar="FILE", help="write each drawn case, its differences and the coverage here")
 
 

@@ -89,6 +89,11 @@ class MegatronCheckpoint:
         return self._common["args"]
 
     @property
+    def content(self) -> dict[str, Any]:
+        """What Megatron notes about the formats inside (``content_metadata``); empty in old checkpoints."""
+        return self._common.get("content_metadata") or {}
+
+    @property
     def iteration(self) -> int:
         """Optimizer steps taken when it was saved."""
         return int(self._common["iteration"])

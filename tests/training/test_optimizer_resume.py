@@ -1,23 +1,38 @@
-"""The distributed optimizer on CPU: a resumed run is the uninterrupted one, bit for bit."""
+"""A resumed run is the uninterrupted one, bit for bit: losses, scalars and, at its end, the whole checkpoint."""
 
 from pathlib import Path
 
 import pytest
-from training_support import Train
+from checkpoint_values import all_values, differences
+from training_support import EP2, MOE, Train, continuing
 
 pytestmark = pytest.mark.distributed
 
+SAVED, STEPS = 2, 4
+XIELU = ["--activation", "xielu"]
+SHARDED = ["--use-distributed-optimizer"]
+OPTIMIZERS = {
+    "plain bf16": [*XIELU, "--bf16", "--tensor-model-parallel-size", "2"],
+    "plain, another one for experts": [*MOE, *EP2],
+    "distributed": [*XIELU, *SHARDED],
+    "distributed bf16": [*XIELU, *SHARDED, "--bf16"],
+    "distributed bf16, reshardable": [*XIELU, *SHARDED, "--bf16", "--dist-ckpt-optim-fully-reshardable"],
+}
 
-@pytest.mark.parametrize("precision", [[], ["--bf16"]], ids=["fp32", "bf16"])
-def test_two_data_parallel_ranks_resume_bit_for_bit(train: Train, tmp_path: Path, precision: list[str]) -> None:
-    flags = ["--activation", "xielu", "--use-distributed-optimizer", *precision, "--train-iters", "5"]
-    whole = train(*flags, "--save-interval", "2", ranks=2)
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_resumed_run_ends_in_the_same_checkpoint(name: str, forked_train: Train, tmp_path: Path) -> None:
+    flags = [*OPTIMIZERS[name], "--train-iters", str(STEPS), "--save-interval", str(SAVED)]
+    whole = forked_train(*flags, ranks=2)
     assert whole.code == 0, whole.log[-3000:]
-    (tmp_path / "iter_0000002").symlink_to(whole.checkpoint / "iter_0000002")
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
-    resumed = train(*flags, "--load", str(tmp_path), ranks=2)
+    resumed = forked_train(*flags, *continuing(whole, SAVED, tmp_path), ranks=2)
     assert resumed.code == 0, resumed.log[-3000:]
-    assert [step["iteration"] for step in resumed.steps] == [3, 4, 5]
-    for ours, reference in zip(resumed.steps, whole.steps[2:], strict=True):
+    assert [step["iteration"] for step in resumed.steps] == list(range(SAVED + 1, STEPS + 1))
+    for ours, reference in zip(resumed.steps, whole.steps[SAVED:], strict=True):
         assert (ours["loss"], ours["grad_norm"]) == (reference["loss"], reference["grad_norm"])
         assert ours["scalars"] == reference["scalars"]
+    last = f"iter_{STEPS:07d}"
+    found, expected = all_values(resumed.checkpoint / last), all_values(whole.checkpoint / last)
+    assert sum("exp_avg_sq" in key for key in expected) >= 1
+    assert differences(found, expected) == []
+    assert differences(found, all_values(whole.checkpoint / f"iter_{SAVED:07d}")) != []

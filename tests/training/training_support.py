@@ -19,6 +19,14 @@ MODEL_FLAGS = """
 SAVE = ["--save-interval", "100000"]  # a checkpoint at the end; without it the runs of `train` save none
 INITIAL = ["--train-iters", "1", "--lr", "0", "--min-lr", "0", *SAVE]  # a checkpoint of the initial weights
 
+# A dense layer and three of experts, which share their layer's scalars and have a shared expert beside them.
+MOE = """
+    --activation xielu --num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 64
+    --moe-shared-expert-intermediate-size 32 --moe-layer-freq ([0,1,1,1]) --moe-token-dispatcher-type alltoall
+    --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+""".split()  # noqa: SIM905
+EP2 = ["--expert-model-parallel-size", "2"]
+
 
 @dataclass
 class Run:
@@ -42,8 +50,18 @@ class Run:
         return self.folder / "checkpoint"
 
 
+def continuing(run: Run, iteration: int, folder: Path) -> list[str]:
+    """The flags that load an iteration of ``run``, whichever its last is; ``folder`` becomes one with no other."""
+    name = f"iter_{iteration:07d}"
+    folder.mkdir(exist_ok=True)
+    (folder / name).symlink_to(run.checkpoint / name)
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return ["--load", str(folder)]
+
+
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])  # gpu/run.sh adds packages
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
 
 
 def torchrun(*words: str, ranks: int) -> subprocess.CompletedProcess[str]:
