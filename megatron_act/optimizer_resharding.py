@@ -121,7 +121,7 @@ def _with_move(original: Callable[..., Any]) -> Callable[..., Any]:
         saved = (kwargs.get("metadata") or {}).get(SAVED)
         if not is_loading or saved is None or _is_alike(saved, self):
             return original(self, model_state, is_loading, **kwargs)
-        if why := conflict(saved.args, saved.form, get_args()):
+        if why := conflict(saved.args, saved.form, get_args(), moves=True):
             raise RuntimeError(why)
         self.moving = _Move(self, original(self, model_state, is_loading, **kwargs), saved)
         return {MOVED: self.moving.requests}

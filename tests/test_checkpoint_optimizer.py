@@ -4,7 +4,7 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_act.checkpoint.optimizer import SHARDING, conflict, format_of
+from megatron_act.checkpoint.optimizer import MODEL_SPACE, SHARDING, conflict, format_of
 
 PLAIN = {
     "tensor_model_parallel_size": 1,
@@ -43,7 +43,7 @@ def args(*changes: dict) -> Namespace:
         (BY_PARAMETER, args(SHARDED, EP2), args(SHARDED)),
         (BY_PARAMETER, args(SHARDED), args(SHARDED, FP32)),  # Megatron's own: the state is fp32
         (BUCKETS, args(SHARDED, EP2, TP2), args(SHARDED, EP2, TP2)),
-        ("fully_sharded_model_space", args(SHARDED), args(SHARDED)),
+        (MODEL_SPACE, args(SHARDED), args(SHARDED, TP2)),
     ],
 )
 def test_state_that_can_be_loaded_is_not_refused(form: str | None, saved: Namespace, wanted: Namespace) -> None:
@@ -57,6 +57,7 @@ def test_state_that_can_be_loaded_is_not_refused(form: str | None, saved: Namesp
         (BUCKETS, args(SHARDED, TP2), args(SHARDED), ["--tensor-model-parallel-size 2", "--no-load-optim"]),
         (BUCKETS, args(SHARDED), args(SHARDED, EP2), ["--dist-ckpt-optim-fully-reshardable"]),
         (BUCKETS, args(SHARDED), args(SHARDED, FP32), ["--bf16", "--dist-ckpt-optim-fully-reshardable"]),
+        (MODEL_SPACE, args(SHARDED), args(), ["--dist-ckpt-optim-fully-reshardable"]),
         ("unnamed", args(SHARDED), args(), ["--dist-ckpt-optim-fully-reshardable"]),
         (None, args(FP32), args(SHARDED), ["of a bf16 run, got fp32", "--no-load-optim"]),
         (None, args(EP2), args(FP32), ["of a fp32 run, got bf16"]),

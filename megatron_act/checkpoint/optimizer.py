@@ -13,6 +13,7 @@ from megatron_act.errors import UserError
 SHARDING = "distrib_optim_sharding_type"  # in a checkpoint's content metadata: the distributed optimizer's format
 RESHARDABLE = "fully_reshardable"
 BY_PARAMETER = (None, RESHARDABLE)  # formats with a tensor for each parameter; None: plain optimizers
+MODEL_SPACE = "fully_sharded_model_space"  # of older Megatron: the distributed optimizer reshards it, nothing else does
 REMEDY = "resume once in that layout with --dist-ckpt-optim-fully-reshardable and save, or add --no-load-optim"
 
 # What cuts the distributed optimizer's buffers, with the flags that set it; data-parallel ranks only pad them.
@@ -48,16 +49,20 @@ def format_of(saved: Namespace, content: dict[str, Any] | None) -> str | None:
     return (content or {}).get(SHARDING, "unnamed" if saved.use_distributed_optimizer else None)
 
 
-def conflict(saved: Namespace, form: str | None, args: Namespace) -> str | None:
+def conflict(saved: Namespace, form: str | None, args: Namespace, moves: bool | None = None) -> str | None:
     """Why optimizer state cannot be loaded: one sentence with the flag to change, or None.
 
     Args:
         saved: the arguments of the run that saved it.
         form: ``format_of`` it.
         args: the arguments of the run that loads it.
+        moves: whether kind or number of the optimizers differ; None: as the arguments tell.
     """
-    moves = bool(form) != args.use_distributed_optimizer or has_expert_optimizer(saved) != has_expert_optimizer(args)
-    if form not in BY_PARAMETER and (moves or _layout(saved) != _layout(args)):
+    if moves is None:
+        moves = bool(form) != args.use_distributed_optimizer
+        moves |= has_expert_optimizer(saved) != has_expert_optimizer(args)
+    cut = _layout(saved) != _layout(args) and form != MODEL_SPACE
+    if form not in BY_PARAMETER and (moves or cut):
         return (
             f"expected optimizer state by parameter, got the distributed optimizer's {form} format, that of "
             f"{_words(saved)} only: {REMEDY}"
@@ -67,10 +72,10 @@ def conflict(saved: Namespace, form: str | None, args: Namespace) -> str | None:
             f"expected optimizer state of a {precision_of(args)} run, got {precision_of(saved)}: change the precision "
             "or the optimizer and the experts' layout, not both, or add --no-load-optim"
         )
-    if moves and args.optimizer not in ("adam", "sgd"):
+    if moves and args.optimizer != "adam":
         return (
-            f"expected --optimizer adam or sgd, whose state moves between plain and distributed optimizers and one and "
-            f"several expert-parallel ranks, got {args.optimizer}: add --no-load-optim"
+            "expected --optimizer adam, whose state moves between plain and distributed optimizers and one and several "
+            f"expert-parallel ranks, got {args.optimizer}: add --no-load-optim"
         )
     return None
 

@@ -18,7 +18,7 @@ from torch import Tensor
 GRADIENT = 1e-5  # of the norm of the parameter's gradient; worst of 300: 3.8e-6, the router's bias
 SCALAR = 5e-6  # of the sum of the absolute terms of the scalar's gradient; worst of 300: 1.1e-6
 NORM = 2e-6  # of the gradient norm, at the first step, where both have the same weights; worst of 300: 4e-7
-LATER_NORM = 2e-4  # in later steps, whose weights carry the differences of the steps before; worst of 300: 6.6e-5, of relu2
+LATER_NORM = 2e-4  # in later steps, whose weights carry the earlier differences; worst of 300: 6.6e-5, of relu2
 LOSS = 2e-5  # nats, in all steps, likewise; worst of 300: 4e-6
 MOVED = 250 * LOSS  # what training must change at least, or equal losses would say little
 # Nearer to a decision than this, fp32 may fall to the other side of it:
