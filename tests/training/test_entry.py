@@ -28,16 +28,16 @@ def test_spec_from_a_megatron_lm_entry_trains_the_same_model(data_flags: list[st
     """With biases, and Megatron's fusion of bias and GELU at its default, on: it is bypassed, and one line says so."""
     model = [word for word in MODEL_FLAGS if word != "--disable-bias-linear"]
     flags = [*model, *data_flags, "--train-iters", "5", "--tensor-model-parallel-size", "2"]
-    ours = torchrun("-m", "megatron_act.pretrain_gpt", "--cpu", *flags, "--activation", "xielu", ranks=2)
+    ours = torchrun("-m", "megatron_act.pretrain_gpt", "--cpu", *flags, "--activation", "crrelu", ranks=2)
     assert ours.returncode == 0, ours.stdout[-3000:]
     script = [str(WORKERS / "on_cpu.py"), str(WORKERS / "megatron_lm_entry.py")]
-    theirs = torchrun(*script, *FLAGS, *flags, "--spec", "megatron_act.specs", "xielu", ranks=2)
+    theirs = torchrun(*script, *FLAGS, *flags, "--spec", "megatron_act.specs", "crrelu", ranks=2)
     assert theirs.returncode == 0, theirs.stdout[-3000:]
     assert len(logged_losses(ours.stdout)) == 5
     assert logged_losses(theirs.stdout) == logged_losses(ours.stdout)
     for log in (ours.stdout, theirs.stdout):
         assert lines_with("bias-gelu-fusion", log) == [
-            "> megatron-act: --no-bias-gelu-fusion is implied: xielu adds the bias in its own kernel"
+            "> megatron-act: --no-bias-gelu-fusion is implied: crrelu adds the bias in its own kernel"
         ]
 
 
