@@ -11,7 +11,7 @@ thread: up to 255 registers, where 64 x 64 takes about 100. Recipes and layouts:
 import triton
 import triton.language as tl
 
-from megatron_act.kernels.stores import bf16_of, e4m3_value
+from megatron_act.kernels.stores import bf16_of, e4m3_value, magnitude
 from megatron_act.kernels.template import load_params
 
 
@@ -30,22 +30,44 @@ def place(TILE: tl.constexpr):
 
 
 @triton.jit
+def input_of(X, BIAS, row, col, rows, cols, stride):
+    """x + bias of a tile."""
+    x = tile_of(X, row, col, rows, cols, stride)
+    if BIAS is not None:
+        x += tl.load(BIAS + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def result_of(y, row, col, rows, cols, ROUND: tl.constexpr, EXACT: tl.constexpr):
+    """What is stored: rounded to bf16 if wanted, 0 outside of the tensor."""
+    if ROUND:
+        y = bf16_of(y, EXACT)
+    return tl.where((row[:, None] < rows) & (col[None, :] < cols), y, 0.0)
+
+
+@triton.jit
 def forward_kernel(
     X, BIAS, P, OUT, rows, cols, stride,
     FWD: tl.constexpr, STORE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, EXACT: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """OUT, a recipe's pointers, from X."""
-    p = load_params(P, SOFTPLUS)
     row, col = place(TILE)
-    x = tile_of(X, row, col, rows, cols, stride)
-    if BIAS is not None:
-        x += tl.load(BIAS + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    y = FWD(x, p)
-    if ROUND:
-        y = bf16_of(y, EXACT)
-    y = tl.where((row[:, None] < rows) & (col[None, :] < cols), y, 0.0)
-    STORE(y, OUT, row, col, rows, cols, EXACT)
+    y = FWD(input_of(X, BIAS, row, col, rows, cols, stride), load_params(P, SOFTPLUS))
+    STORE(result_of(y, row, col, rows, cols, ROUND, EXACT), OUT, row, col, rows, cols, EXACT)
+
+
+@triton.jit
+def amax_kernel(
+    X, BIAS, P, AMAX, rows, cols, stride,
+    FWD: tl.constexpr, SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """AMAX = max(AMAX, |f(x + bias)|): the first of current scaling's two passes; nothing else is written."""
+    row, col = place(TILE)
+    y = FWD(input_of(X, BIAS, row, col, rows, cols, stride), load_params(P, SOFTPLUS))
+    size = magnitude(result_of(y, row, col, rows, cols, ROUND, EXACT))
+    tl.atomic_max(AMAX, tl.max(tl.max(size, 1), 0))
 
 
 @triton.jit
@@ -58,42 +80,18 @@ def backward_kernel(
 
     G is a float tensor, or e4m3 bits with one inverse scale.
     """
-    p = load_params(P, SOFTPLUS)
     row, col = place(TILE)
-    inside = (row[:, None] < rows) & (col[None, :] < cols)
-    x = tile_of(X, row, col, rows, cols, stride_x)
-    if BIAS is not None:
-        x += tl.load(BIAS + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+    x = input_of(X, BIAS, row, col, rows, cols, stride_x)
     if G_SCALE_INV is None:
         g = tile_of(G, row, col, rows, cols, stride_g)
     else:
+        inside = (row[:, None] < rows) & (col[None, :] < cols)
         code = tl.load(G + row[:, None].to(tl.int64) * stride_g + col[None, :], mask=inside, other=0)
         g = e4m3_value(code, EXACT) * tl.load(G_SCALE_INV)
-    dx, terms = BWD(x, g, p)
+    dx, terms = BWD(x, g, load_params(P, SOFTPLUS))
     if DBIAS is not None:
         tl.store(DBIAS + tl.program_id(0).to(tl.int64) * cols + col, tl.sum(dx, 0), mask=col < cols)
     slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     for j in tl.static_range(len(P)):
         tl.store(PARTIAL + j * tl.num_programs(0) * tl.num_programs(1) + slot, tl.sum(tl.sum(terms[j], 1), 0))
-    if ROUND:
-        dx = bf16_of(dx, EXACT)
-    STORE(tl.where(inside, dx, 0.0), OUT, row, col, rows, cols, EXACT)
-
-
-@triton.jit
-def amax_kernel(
-    X, BIAS, P, AMAX, rows, cols, stride,
-    FWD: tl.constexpr, SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """AMAX = max(AMAX, |f(x + bias)|): the first of current scaling's two passes; nothing else is written."""
-    p = load_params(P, SOFTPLUS)
-    row, col = place(TILE)
-    x = tile_of(X, row, col, rows, cols, stride)
-    if BIAS is not None:
-        x += tl.load(BIAS + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
-    y = FWD(x, p)
-    if ROUND:
-        y = bf16_of(y, EXACT)
-    inside = (row[:, None] < rows) & (col[None, :] < cols)
-    size = tl.where(inside & (y == y), tl.abs(y), 0.0)
-    tl.atomic_max(AMAX, tl.max(tl.max(size, 1), 0))
+    STORE(result_of(dx, row, col, rows, cols, ROUND, EXACT), OUT, row, col, rows, cols, EXACT)
