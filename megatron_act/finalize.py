@@ -8,6 +8,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads
 from megatron.core.utils import get_model_config
+from megatron.training import print_rank_0
 
 from megatron_act import replicas
 from megatron_act.activation import TrainableActivation, activations_of
@@ -56,6 +57,8 @@ class Finalize:
         verdict = torch.tensor([int(conclusive)], device=torch.cuda.current_device())
         torch.distributed.all_reduce(verdict, op=torch.distributed.ReduceOp.MIN)
         self.proven = bool(verdict) or self.calls + 1 >= GRADIENT_CHECKS
+        if self.proven and not verdict:
+            print_rank_0(f"> megatron-act: {GRADIENT_CHECKS} steps had no scalar's gradient large enough to check")
         _set_probes(modules, on=not self.proven)
 
 

@@ -29,7 +29,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 from megatron.training import get_args
 
-from megatron_act.checkpoint.optimizer import RESHARDABLE, SHARDING, conflict, format_of, precision_of
+from megatron_act.checkpoint.optimizer import ADAM, RESHARDABLE, SHARDING, conflict, format_of, precision_of
 
 SAVED, MOVED = "megatron_act_saved_optimizer", "megatron_act_moved_state"
 MAIN_COPIES = ("fp32_param", "param")
@@ -37,6 +37,8 @@ STATE = "optimizer.state."
 EXPERT = "is_expert_parallel"
 
 State = dict[Any, Any]
+
+_installed = False
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,11 @@ class SavedOptimizer:
 
 
 def install() -> None:
-    """Extends Megatron's loading; called once, by ``optimizer_groups.install``."""
+    """Extends Megatron's loading. Idempotent."""
+    global _installed
+    if _installed:
+        return
+    _installed = True
     dist_checkpointing.load_content_metadata = _with_saved(dist_checkpointing.load_content_metadata)
     ChainedOptimizer.sharded_state_dict = _with_move(ChainedOptimizer.sharded_state_dict)
     ChainedOptimizer.load_state_dict = _with_finish(ChainedOptimizer.load_state_dict)
@@ -107,12 +113,22 @@ def _with_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_content_metadata(*args: Any, preloaded_state_dict: Any = None, **kwargs: Any) -> Any:
         metadata = original(*args, preloaded_state_dict=preloaded_state_dict, **kwargs)
-        if metadata is None or not (preloaded_state_dict or {}).get("optimizer"):
+        if metadata is None or not _is_served(preloaded_state_dict or {}):
             return metadata
         default = {SHARDING: RESHARDABLE} if get_args().use_distributed_optimizer else {}
         return {**default, **metadata, SAVED: SavedOptimizer.of(preloaded_state_dict, metadata)}
 
     return load_content_metadata
+
+
+def _is_served(common: Mapping[str, Any]) -> bool:
+    """Whether a run of Megatron-LM's loop loads Adam's state; everything else is Megatron's own affair."""
+    try:
+        args = get_args()
+    except AssertionError:  # a program of another loop
+        return False
+    loads = not (args.finetune or args.no_load_optim)
+    return loads and args.optimizer == ADAM and bool(common.get("optimizer")) and "args" in common
 
 
 def _with_move(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -202,10 +218,8 @@ def _set_groups(optimizer: Any, state: State, saved: SavedOptimizer) -> None:
         for group, was in zip(inner["param_groups"], groups, strict=True)
     ]
     steps = {float(was["step"]) for was in groups if was["step"] is not None}
-    if len(steps) > 1:
-        raise RuntimeError(f"expected one step count in the checkpoint's optimizer, got {sorted(steps)}")
-    for step in steps:
-        _set_step(optimizer, inner, step)
+    if steps:  # an empty group's may lag behind
+        _set_step(optimizer, inner, max(steps))
     if scaler := saved.states[0].get("grad_scaler"):
         state["grad_scaler"] = scaler
 

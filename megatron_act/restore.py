@@ -11,7 +11,7 @@ from typing import Any
 from megatron.training import print_rank_0
 
 from megatron_act.activation import activations_of
-from megatron_act.checkpoint.reader import MegatronCheckpoint, has_torch_dist
+from megatron_act.checkpoint.reader import MegatronCheckpoint, chosen, has_torch_dist
 from megatron_act.checkpoint.scalars import check_scalars, scalar_names, trained_activation
 from megatron_act.errors import UserError
 
@@ -30,8 +30,12 @@ Hook = Callable[[list[Any]], list[Any]]
 
 def source_of(args: Namespace) -> str | None:
     """The ``torch_dist`` checkpoint folder that Megatron will load: ``--load``, else ``--pretrained-checkpoint``."""
-    folders = (args.load, getattr(args, "pretrained_checkpoint", None))
+    folders = (_loaded(args), getattr(args, "pretrained_checkpoint", None))
     return next((folder for folder in folders if folder and has_torch_dist(folder)), None)
+
+
+def _loaded(args: Namespace) -> str | None:
+    return str(chosen(args.load, getattr(args, "ckpt_step", None))) if args.load else None
 
 
 def flags_of(args: Namespace, parser: ArgumentParser, given: list[str]) -> list[str]:
@@ -104,7 +108,7 @@ def _check_weights(args: Namespace, checkpoint: MegatronCheckpoint, trained: str
         raise UserError(
             f"{where}: expected a checkpoint of --ffn-hidden-size {args.ffn_hidden_size}, got {width}: change the flag"
         )
-    if not (args.finetune or args.no_load_optim or folder != args.load):
+    if not (args.finetune or args.no_load_optim or folder != _loaded(args)):
         raise UserError(
             f"{where}: expected --finetune or --no-load-optim with it, got neither: its optimizer state ({trained}) "
             f"has nothing for {args.activation}'s scalars: add one"

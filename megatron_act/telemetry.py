@@ -63,6 +63,7 @@ class Telemetry:
     def remember(self, models: list[Any]) -> list[Any]:
         """A post-wrap hook: keeps the model chunks and writes the start line."""
         self.models = models
+        self.started = self.meter = None  # after a restart in this process Megatron's timers start anew
         self.peak = peak_of(self.args, torch.cuda.get_device_name() if torch.cuda.is_available() else None)
         print_rank_0(f"> megatron-act: {self.peak}")
         parameters = _count_parameters(models)

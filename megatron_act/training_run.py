@@ -27,6 +27,7 @@ from megatron_act import (
     graphs,
     mtp,
     norms,
+    optimizer_resharding,
     recompute,
     restore,
     specs,
@@ -36,6 +37,7 @@ from megatron_act import (
 from megatron_act.activation import activations_of, raw_initial_values
 from megatron_act.checkpoint.experts import check_experts
 from megatron_act.checkpoint.optimizer import check_optimizer
+from megatron_act.checkpoint.reader import chosen
 from megatron_act.checkpoint.tracker import repair_tracker
 from megatron_act.compat import use_built_helpers
 from megatron_act.errors import UserError
@@ -65,6 +67,7 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
     loading = restore.check(args)
     model_config = gpt_config_from_args(args)
     model_config.post_wrap_hooks += loading
+    optimizer_resharding.install()
     if args.activation:
         init = arguments.parse_init(args.activation_init)
         model_config.transformer_layer_spec = specs.layer_spec(
@@ -94,8 +97,9 @@ def _check_files(args: Namespace) -> None:
     if args.rank % max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) == 0:
         gpt_data.check_data(args, get_tokenizer().vocab_size)
     if args.load and args.rank == 0:
-        check_experts(args.load, args)
-        check_optimizer(args.load, args)
+        folder = chosen(args.load, args.ckpt_step)
+        check_experts(folder, args)
+        check_optimizer(folder, args)
 
 
 def _stand_alone() -> None:

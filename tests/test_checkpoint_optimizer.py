@@ -14,6 +14,7 @@ PLAIN = {
     "expert_tensor_parallel_size": 1,
     "use_distributed_optimizer": False,
     "optimizer": "adam",
+    "num_experts": 4,
     "bf16": True,
     "fp16": False,
 }
@@ -22,6 +23,8 @@ ETP1 = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
 EP2 = {"expert_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 FP32 = {"bf16": False}
+MUON = {"optimizer": "muon", "use_layer_wise_distributed_optimizer": True}  # Megatron's form of SHARDED for it
+DENSE = {"num_experts": None}
 BUCKETS, BY_PARAMETER = "dp_reshardable", "fully_reshardable"
 
 
@@ -44,6 +47,9 @@ def args(*changes: dict) -> Namespace:
         (BY_PARAMETER, args(SHARDED), args(SHARDED, FP32)),  # Megatron's own: the state is fp32
         (BUCKETS, args(SHARDED, EP2, TP2), args(SHARDED, EP2, TP2)),
         (MODEL_SPACE, args(SHARDED), args(SHARDED, TP2)),
+        (BUCKETS, args(MUON), args(MUON)),
+        (BY_PARAMETER, args(MUON), args(MUON)),
+        (BUCKETS, args(SHARDED, DENSE, TP2), args(SHARDED, DENSE, ETP1)),  # no experts, nothing differs
     ],
 )
 def test_state_that_can_be_loaded_is_not_refused(form: str | None, saved: Namespace, wanted: Namespace) -> None:

@@ -14,6 +14,7 @@ SHARDING = "distrib_optim_sharding_type"  # in a checkpoint's content metadata: 
 RESHARDABLE = "fully_reshardable"
 BY_PARAMETER = (None, RESHARDABLE)  # formats with a tensor for each parameter; None: plain optimizers
 MODEL_SPACE = "fully_sharded_model_space"  # of older Megatron: the distributed optimizer reshards it, nothing else does
+ADAM = "adam"  # the optimizer whose state moves between kinds and numbers of optimizers
 REMEDY = "resume once in that layout with --dist-ckpt-optim-fully-reshardable and save, or add --no-load-optim"
 
 # What cuts the distributed optimizer's buffers, with the flags that set it; data-parallel ranks only pad them.
@@ -38,7 +39,8 @@ def check_optimizer(load: str | Path, args: Namespace) -> None:
     if args.finetune or args.no_load_optim or not has_torch_dist(load):
         return
     checkpoint = MegatronCheckpoint(load)
-    if checkpoint.path.name == "release":  # Megatron loads weights alone
+    saved_none = getattr(checkpoint.args, "no_save_optim", False)
+    if saved_none or checkpoint.path.name == "release":  # Megatron loads weights alone
         return
     if why := conflict(checkpoint.args, format_of(checkpoint.args, checkpoint.content), args):
         raise UserError(f"--load {load}: {why}")
@@ -46,7 +48,7 @@ def check_optimizer(load: str | Path, args: Namespace) -> None:
 
 def format_of(saved: Namespace, content: dict[str, Any] | None) -> str | None:
     """The format of a checkpoint's optimizer state, from its arguments and content metadata; None: plain optimizers."""
-    return (content or {}).get(SHARDING, "unnamed" if saved.use_distributed_optimizer else None)
+    return (content or {}).get(SHARDING, "unnamed" if is_distributed(saved) else None)
 
 
 def conflict(saved: Namespace, form: str | None, args: Namespace, moves: bool | None = None) -> str | None:
@@ -59,8 +61,10 @@ def conflict(saved: Namespace, form: str | None, args: Namespace, moves: bool | 
         moves: whether kind or number of the optimizers differ; None: as the arguments tell.
     """
     if moves is None:
-        moves = bool(form) != args.use_distributed_optimizer
+        moves = bool(form) != is_distributed(args)
         moves |= has_expert_optimizer(saved) != has_expert_optimizer(args)
+    if args.optimizer != ADAM and not moves:
+        return None  # Megatron's own affair
     cut = _layout(saved) != _layout(args) and form != MODEL_SPACE
     if form not in BY_PARAMETER and (moves or cut):
         return (
@@ -72,7 +76,7 @@ def conflict(saved: Namespace, form: str | None, args: Namespace, moves: bool | 
             f"expected optimizer state of a {precision_of(args)} run, got {precision_of(saved)}: change the precision "
             "or the optimizer and the experts' layout, not both, or add --no-load-optim"
         )
-    if moves and args.optimizer != "adam":
+    if moves and args.optimizer != ADAM:
         return (
             "expected --optimizer adam, whose state moves between plain and distributed optimizers and one and several "
             f"expert-parallel ranks, got {args.optimizer}: add --no-load-optim"
@@ -80,8 +84,17 @@ def conflict(saved: Namespace, form: str | None, args: Namespace, moves: bool | 
     return None
 
 
+def is_distributed(args: Namespace) -> bool:
+    """Whether optimizer state is spread over data-parallel ranks; muon's by layers, which has another flag."""
+    return args.use_distributed_optimizer or getattr(args, "use_layer_wise_distributed_optimizer", False)
+
+
 def has_expert_optimizer(args: Namespace) -> bool:
     """Whether Megatron trains the experts of this layout with an optimizer of their own."""
+    return args.num_experts is not None and _experts_are_spread(args)
+
+
+def _experts_are_spread(args: Namespace) -> bool:
     return args.expert_model_parallel_size > 1 or _expert_tensor_size(args) != args.tensor_model_parallel_size
 
 
@@ -91,12 +104,13 @@ def precision_of(args: Namespace) -> str:
 
 
 def _expert_tensor_size(args: Namespace) -> int:
-    return args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return getattr(args, "expert_tensor_parallel_size", None) or args.tensor_model_parallel_size
 
 
 def _layout(args: Namespace) -> tuple:
     sizes = [getattr(args, name, None) or 1 for name in _LAYOUT]
-    return *sizes, _expert_tensor_size(args), precision_of(args)
+    experts = None if args.num_experts is None else _expert_tensor_size(args)
+    return *sizes, experts, precision_of(args)
 
 
 def _words(args: Namespace) -> str:

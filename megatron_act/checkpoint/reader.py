@@ -184,6 +184,11 @@ def has_torch_dist(path: str | Path) -> bool:
     return kind.get("sharded_backend") == "torch_dist"
 
 
+def chosen(load: str | Path, ckpt_step: int | None) -> Path:
+    """What Megatron will load: the ``--load`` folder, or with ``--ckpt-step`` that iteration in it."""
+    return Path(load) / f"iter_{ckpt_step:07d}" if ckpt_step else Path(load)
+
+
 def find_iteration(path: str | Path) -> Path:
     """The ``iter_XXXXXXX`` folder that a save folder's tracker names, or ``path`` itself if it is one.
 

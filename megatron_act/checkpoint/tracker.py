@@ -6,7 +6,7 @@ empties it, and then writes: a run that is killed between the two leaves an empt
 exit code 0, as if it had finished training.
 """
 
-import os
+import uuid
 from pathlib import Path
 
 from megatron_act.checkpoint.reader import TRACKER
@@ -31,13 +31,14 @@ def repair_tracker(folder: str | Path) -> str | None:
     word = tracker.read_text(encoding="utf-8", errors="replace").strip() if tracker.is_file() else "release"
     if word.isdigit() or word == "release":
         return None
-    complete = sorted(Path(folder).glob("iter_*/metadata.json"), key=lambda file: file.stat().st_mtime_ns)
+    found = Path(folder).glob("iter_" + "[0-9]" * 7 + "/metadata.json")
+    complete = sorted(found, key=lambda file: (file.stat().st_mtime_ns, file))
     if word or not complete:
         raise UserError(
             f"{tracker}: expected an iteration number, got {word[:40]!r}: write the one to load, or remove it"
         )
     iteration = int(complete[-1].parent.name.removeprefix("iter_"))
-    written = tracker.with_name(f"{TRACKER}.{os.getpid()}")
+    written = tracker.with_name(f"{TRACKER}.{uuid.uuid4()}")  # hosts may share process numbers
     written.write_text(str(iteration), encoding="utf-8")
     written.replace(tracker)
     return f"{tracker} was empty, as after a run that ended while it saved: set to {iteration}, completed last"
