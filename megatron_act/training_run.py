@@ -122,7 +122,7 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
     sys.argv = [sys.argv[0], *words]
     args = parser.parse_args(words)
     if args.load and (repaired := repair_tracker(args.load)):
-        print_rank_0(f"> megatron-act: {repaired}")
+        print(f"> megatron-act: {repaired}", flush=True)  # by the rank that came first
     if restored := restore.flags_of(args, parser, words):
         words = [*restored, *words]
         sys.argv, args = [sys.argv[0], *words], parser.parse_args(words)
