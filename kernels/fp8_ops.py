@@ -1,230 +1,176 @@
 """FP8 results of an activation: :func:`forward`, :func:`backward` and :func:`current_scale`, by kernels or by torch.
 
 from megatron_act.kernels import fp8_ops
-scale = fp8_ops.current_scale("xielu", x, params)                    # or fc2's own, delayed scaling
-q = fp8_ops.forward("xielu", x, params, "tensor", scale=scale)       # q.data, q.columnwise, q.amax: fp8.Quantized
+out = fp8_ops.empty("tensor", rows, cols, x.device)            # or "blockwise", "mxfp8", or a consumer's own buffers
+scale = fp8_ops.current_scale("xielu", x, params)              # or the consumer's: delayed scaling
+q = fp8_ops.forward("xielu", x, params, out, scale=scale)      # q is out: q.data, q.columnwise, q.amax
 
-The torch path is the specification itself (``fp8.quantize``); the kernels' bits are equal wherever y is, in fp32.
+plain = fp8_ops.empty("plain", rows, cols, x.device)           # y in bf16, and for the backward pass
+kept = fp8_ops.empty_kept(rows, cols, x.device)                # x + bias in half the memory of a bf16 x
+y = fp8_ops.forward("xielu", x, params, plain, bias=bias, kept=kept).data
+dx, dparams, dbias = fp8_ops.backward("xielu", dy, kept, params, out_of_dx, bias=bias)
+
+The torch path is the specification itself (``fp8.quantize``); the kernels' bits are equal wherever y is, in fp32. The
+host never waits for the device. Leading dimensions count as rows; without elements nothing is launched or written.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from megatron_act.kernels import fp8, registry
 from megatron_act.kernels.api import BACKENDS
-from megatron_act.kernels.checks import KERNEL_DTYPES, check_arguments
-from megatron_act.kernels.fp8 import Quantized, up
-from megatron_act.kernels.ops import INTERPRETED, SUM_BLOCK, SUM_WARPS
-from megatron_act.kernels.quantized import amax_kernel, backward_kernel, forward_kernel
-from megatron_act.kernels.stores import store_blockwise, store_mxfp8, store_tensor
-from megatron_act.kernels.template import sum_kernel
+from megatron_act.kernels.checks import KERNEL_DTYPES, check_arguments, check_triton
+from megatron_act.kernels.fp8 import Kept, Quantized
+from megatron_act.kernels.fp8_buffers import check_kept, check_quantized, empty, empty_kept
+from megatron_act.kernels.fp8_launch import CAPABILITY, launch_backward, launch_forward
 
-STORES = {"tensor": store_tensor, "blockwise": store_blockwise, "mxfp8": store_mxfp8}
-TILES = {"tensor": 64, "blockwise": fp8.BLOCK, "mxfp8": 64}  # a block lies in one tile
-WARPS = 8
-CAPABILITY = (8, 9)  # the first with e4m3 (Ada)
-EXACT_CASTS = (9, 0)  # below, Triton casts fp32 to e4m3 through fp16, which rounds twice: there by integers
-
-
-def empty(recipe: str, rows: int, cols: int, device: torch.device, columnwise: bool = True) -> Quantized:
-    """Buffers of a recipe in Transformer Engine's layout; padding of the scales is zero."""
-    check_recipe(recipe, rows, cols)
-    bits: dict[str, Any] = {"dtype": torch.uint8, "device": device}
-    data = torch.empty(rows, cols, **bits)
-    transposed = torch.empty(cols, rows, **bits) if columnwise else None
-    if recipe == "tensor":
-        return Quantized(data, torch.zeros(1, device=device), transposed, None, torch.zeros(1, device=device))
-    if recipe == "blockwise":
-        sizes = ((cols, rows), (rows, cols))
-        scales = [torch.zeros(up(a, fp8.BLOCK) // fp8.BLOCK, up(b, 4), device=device) for a, b in sizes]
-        return Quantized(data, scales[0], transposed, scales[1] if columnwise else None, None)
-    shapes = ((up(rows, 128), up(cols // 32, 4)), (up(rows // 32, 4), up(cols, 128)))
-    codes = [torch.zeros(shape, **bits) for shape in shapes]
-    second = torch.empty_like(data) if columnwise else None
-    return Quantized(data, codes[0], second, codes[1] if columnwise else None, None)
-
-
-def check_recipe(recipe: str, rows: int, cols: int) -> None:
-    """Raises ValueError for a recipe that is not served, or a shape that it cannot take."""
-    if recipe == "nvfp4":
-        raise ValueError("recipe: expected tensor, blockwise or mxfp8, got nvfp4, which is not built: use mxfp8")
-    if recipe not in STORES:
-        raise ValueError(f"recipe: expected one of {', '.join(STORES)}, got {recipe!r}; name one of them")
-    if recipe == "mxfp8" and (rows % fp8.MX_BLOCK or cols % fp8.MX_BLOCK):
-        raise ValueError(f"mxfp8: expected rows and columns divisible by 32, got [{rows}, {cols}]; pad or use bf16")
+__all__ = ["Kept", "Quantized", "backward", "current_scale", "empty", "empty_kept", "forward"]
 
 
 def forward(
-    name: str, x: Tensor, params: Sequence[Tensor], recipe: str, *,
-    bias: Tensor | None = None, scale: Tensor | None = None, columnwise: bool = True, round_bf16: bool = True,
-    out: Quantized | None = None, backend: str = "auto",
+    name: str, x: Tensor, params: Sequence[Tensor], out: Quantized, *,
+    bias: Tensor | None = None, scale: Tensor | None = None, kept: Kept | None = None, round_bf16: bool = True,
+    backend: str = "auto",
 ) -> Quantized:  # fmt: skip
-    """f(x + bias) in FP8.
+    """f(x + bias), written into ``out``, which is returned.
 
     Args:
-        name, x, params, bias, backend: as for ``kernels.apply``; leading dimensions of x count as rows.
-        recipe: ``tensor``, ``blockwise`` or ``mxfp8``.
-        scale: fp32 [1], of ``tensor``.
-        columnwise: the transposed (mxfp8: second) half too.
+        name, x, params, bias, backend: as for ``kernels.apply``.
+        out: buffers (:func:`empty`, or any of the same sizes); ``out.amax`` keeps the larger of its value and this
+            tensor's, ``out.scale_inv`` of ``tensor`` becomes 1 / scale.
+        scale: fp32, one element, of recipe ``tensor``; it and ``out``'s may be views of larger tensors.
+        kept: buffers for x + bias (:func:`empty_kept`), for :func:`backward`.
         round_bf16: round to bf16 first, so that the bits equal those of a bf16 activation that is quantized.
-        out: buffers to fill (:func:`empty`); ``out.amax`` keeps the larger of its value and this tensor's.
 
     Raises:
-        ValueError: as ``kernels.apply``; a recipe or shape that is not served; a missing scale; an old GPU.
+        ValueError: as ``kernels.apply``; buffers that do not fit; a missing scale; FP8 on an old GPU.
+        TypeError: as ``kernels.apply``.
     """
-    rows = _rows(name, x, params, bias, recipe, scale)
-    if _triton(x, backend):
-        found = out or empty(recipe, rows.shape[0], rows.shape[1], x.device, columnwise)
-        forward_kernel[_grid(rows, recipe)](
-            rows, bias, tuple(params), _pointers(found, recipe, scale), *rows.shape, rows.stride(0),
-            FWD=registry.get(name).fwd, **_constants(name, recipe, round_bf16, rows.device),
-        )  # fmt: skip
-        return _with_inverse(found, recipe, scale)
-    wide = rows.float() if bias is None else rows.float() + bias.float()
-    y = registry.get(name).reference(wide, *params).detach()
-    return _filled(fp8.quantize(y, recipe, scale, round_bf16), out, columnwise)
+    rows = _checked(name, x, params, bias)
+    _check_out(out, rows, scale)
+    if kept is not None:
+        check_kept(kept, *rows.shape, rows.device)
+    if rows.numel() == 0:
+        return out
+    if _triton(rows, backend, out.recipe):
+        launch_forward(name, rows, params, bias, out, out.amax, scale, kept, round_bf16)
+        return out
+    z = _biased(rows, bias)
+    if kept is not None:
+        _copy(fp8.keep(z), kept, ("data", "scales"))
+    return _fill(out, registry.get(name).reference(z, *params).detach(), scale, round_bf16)
 
 
 def current_scale(
-    name: str, x: Tensor, params: Sequence[Tensor], *, bias: Tensor | None = None, power_of_2: bool = False,
-    epsilon: float = 0.0, round_bf16: bool = True, backend: str = "auto",
+    name: str, x: Tensor, params: Sequence[Tensor], *, bias: Tensor | None = None, format: str = "e4m3",
+    power_of_2: bool = False, epsilon: float = 0.0, round_bf16: bool = True, backend: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """fp32 [1]: 448 / max |f(x + bias)|, by a pass that writes nothing else (``fp8.scale_of``)."""
-    rows = _rows(name, x, params, bias, "tensor", torch.ones(1))
-    if _triton(x, backend):
-        amax = torch.zeros(1, device=x.device)
-        options = _constants(name, "tensor", round_bf16, x.device)
-        del options["STORE"]
-        amax_kernel[_grid(rows, "tensor")](
-            rows, bias, tuple(params), amax, *rows.shape, rows.stride(0), FWD=registry.get(name).fwd, **options
-        )
-    else:
-        wide = rows.float() if bias is None else rows.float() + bias.float()
-        y = registry.get(name).reference(wide, *params).detach()
+    """fp32 [1]: the format's maximum / max |f(x + bias)|, by a pass that writes nothing else (``fp8.scale_of``)."""
+    rows, amax = _checked(name, x, params, bias), torch.zeros(1, device=x.device)
+    if rows.numel() and _triton(rows, backend, "tensor"):
+        launch_forward(name, rows, params, bias, None, amax, None, None, round_bf16)
+    elif rows.numel():
+        y = registry.get(name).reference(_biased(rows, bias), *params).detach()
         amax = fp8.amax_of(fp8.to_bf16(y) if round_bf16 else y).reshape(1)
-    return fp8.scale_of(amax, power_of_2, epsilon)
+    return fp8.scale_of(amax, power_of_2, epsilon, format)
 
 
 def backward(
-    name: str, grad: Tensor, x: Tensor, params: Sequence[Tensor], recipe: str, *,
-    grad_scale_inv: Tensor | None = None, bias: Tensor | None = None, scale: Tensor | None = None,
-    columnwise: bool = True, round_bf16: bool = True, out: Quantized | None = None, backend: str = "auto",
+    name: str, grad: Tensor | Quantized, x: Tensor | Kept, params: Sequence[Tensor], out: Quantized, *,
+    bias: Tensor | None = None, scale: Tensor | None = None, round_bf16: bool = True, backend: str = "auto",
 ) -> tuple[Quantized, tuple[Tensor, ...], Tensor | None]:  # fmt: skip
-    """(dx in FP8, each raw parameter's gradient, dbias) for the incoming ``grad``.
+    """(dx, written into ``out``; each raw parameter's gradient; dbias) for the incoming ``grad``, in one pass.
 
     Args:
-        grad: float, of x's shape; or e4m3 bits (uint8) with ``grad_scale_inv``, fp32 [1].
-        Others as for :func:`forward`.
+        grad: float, of x's shape; or FP8, read from its row-wise half, of any recipe and format.
+        x: as in :func:`forward`; or what it kept, which holds the bias already: ``bias`` then only asks for dbias.
+        out, scale, round_bf16, backend: as for :func:`forward`, and the errors.
     """
-    rows = _rows(name, x, params, bias, recipe, scale)
-    incoming = grad.reshape(rows.shape)
-    if _triton(x, backend):
-        found = out or empty(recipe, rows.shape[0], rows.shape[1], x.device, columnwise)
-        grads, dbias = _launch_backward(
-            name, incoming, grad_scale_inv, rows, params, bias, _pointers(found, recipe, scale),
-            recipe, round_bf16,
-        )  # fmt: skip
-        return _with_inverse(found, recipe, scale), grads, dbias
-    if grad_scale_inv is not None:
-        incoming = fp8.decode(incoming) * grad_scale_inv
-    leaves = [t.detach().requires_grad_() for t in (rows.float(), *params)]
-    shift = None if bias is None else bias.detach().float().requires_grad_()
-    y = registry.get(name).reference(leaves[0] if shift is None else leaves[0] + shift, *leaves[1:])
-    dx, *rest = torch.autograd.grad(y, [*leaves, *([] if shift is None else [shift])], incoming.float())
-    dbias = None if bias is None or shift is None else rest.pop().to(bias.dtype)
-    return _filled(fp8.quantize(dx, recipe, scale, round_bf16), out, columnwise), tuple(rest), dbias
-
-
-def _launch_backward(
-    name: str, grad: Tensor, grad_scale_inv: Tensor | None, rows: Tensor, params: Sequence[Tensor],
-    bias: Tensor | None, pointers: tuple[Any, ...], recipe: str, round_bf16: bool,
-) -> tuple[tuple[Tensor, ...], Tensor | None]:  # fmt: skip
-    grid, (height, width) = _grid(rows, recipe), rows.shape
-    options = _constants(name, recipe, round_bf16, rows.device)
-    partial = torch.empty(len(params), grid[0] * grid[1], device=rows.device)
-    sums = None if bias is None else torch.empty(grid[0], width, device=rows.device)
-    backward_kernel[grid](
-        rows, bias, grad, grad_scale_inv, tuple(params), pointers, partial, sums, height, width, rows.stride(0),
-        grad.stride(0), BWD=registry.get(name).bwd, **options,
+    if isinstance(x, Kept):  # a stand-in: arguments are checked against its columns and device
+        stand_in = _checked(name, torch.empty((0, x.data.shape[-1]), device=x.data.device), params, bias)
+        check_kept(x, *x.data.shape, stand_in.device)
+        rows, z = x.data, x
+    else:
+        stand_in = rows = z = _checked(name, x, params, bias)
+    _check_out(out, rows, scale)
+    if isinstance(grad, Quantized):
+        check_quantized("grad", grad, *rows.shape, rows.device)
+    else:
+        grad = _matrix(grad.detach().reshape(rows.shape))
+    if rows.numel() == 0:
+        return out, tuple(torch.zeros_like(p) for p in params), None if bias is None else torch.zeros_like(bias)
+    if _triton(stand_in, backend, out.recipe):
+        return out, *launch_backward(name, grad, z, params, bias, out, scale, round_bf16)
+    dx, dparams = _gradients(
+        name, grad.values() if isinstance(grad, Quantized) else grad.float(),
+        z.values() if isinstance(z, Kept) else _biased(z, bias), params,
     )  # fmt: skip
-    grads = tuple(torch.empty_like(p) for p in params)
-    if grads:
-        softplus = options["SOFTPLUS"]
-        sum_kernel[(1,)](
-            partial, tuple(params), grads, partial.shape[1], SOFTPLUS=softplus, BLOCK=SUM_BLOCK, num_warps=SUM_WARPS
-        )
-    if bias is None or sums is None:
-        return grads, None
-    return grads, sums.sum(0, dtype=torch.float64).to(bias.dtype)
+    return _fill(out, dx, scale, round_bf16), dparams, None if bias is None else dx.sum(0).to(bias.dtype)
 
 
-def _rows(
-    name: str, x: Tensor, params: Sequence[Tensor], bias: Tensor | None, recipe: str, scale: Tensor | None
-) -> Tensor:
+def _gradients(name: str, g: Tensor, z: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(dz, each raw parameter's gradient) by torch."""
+    leaves = [t.detach().requires_grad_() for t in (z, *params)]
+    with torch.enable_grad():
+        y = registry.get(name).reference(leaves[0], *leaves[1:])
+    dz, *dparams = torch.autograd.grad(y, leaves, g)
+    return dz, tuple(dparams)
+
+
+def _checked(name: str, x: Tensor, params: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    """x as a matrix, after every check of ``kernels.apply``'s arguments."""
     check_arguments(registry.get(name), x, params, bias, None, False)
-    if recipe == "tensor" and scale is None:
-        raise ValueError("scale: expected an fp32 tensor of one element for recipe 'tensor', got None; give one")
-    rows = x.detach().reshape(-1, x.shape[-1])
-    check_recipe(recipe, rows.shape[0], rows.shape[1])
+    return _matrix(x.detach())
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """[rows, last dimension], columns contiguous."""
+    rows = x.flatten(0, -2) if x.ndim > 1 else x.reshape(1, -1)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _triton(x: Tensor, backend: str) -> bool:
+def _biased(rows: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.float() if bias is None else rows.float() + bias.detach().float()
+
+
+def _check_out(out: Quantized, rows: Tensor, scale: Tensor | None) -> None:
+    check_quantized("out", out, *rows.shape, rows.device)
+    if out.recipe == "tensor" and (scale is None or scale.numel() != 1 or scale.dtype != torch.float32):
+        got = "None" if scale is None else f"{scale.dtype} of {scale.numel()}"
+        raise ValueError(f"scale: expected an fp32 tensor of one element for recipe 'tensor', got {got}; give one")
+
+
+def _triton(x: Tensor, backend: str, recipe: str) -> bool:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}; leave it out for auto")
     if backend == "reference" or (backend == "auto" and not (x.is_cuda and x.dtype in KERNEL_DTYPES)):
         return False
-    if x.is_cuda and torch.cuda.get_device_capability(x.device) < CAPABILITY:
-        found = torch.cuda.get_device_capability(x.device)
-        raise ValueError(f"FP8: expected compute capability 8.9 or newer, got {found[0]}.{found[1]}; use bf16")
+    check_triton(x)
+    found = torch.cuda.get_device_capability(x.device) if x.is_cuda else CAPABILITY
+    if recipe != "plain" and found < CAPABILITY:
+        raise ValueError(
+            f"recipe {recipe!r}: expected compute capability 8.9 or newer, got {found[0]}.{found[1]}; use 'plain'"
+        )
     return True
 
 
-def by_integers(device: torch.device) -> bool:
-    """Whether the kernels round by integer arithmetic instead of the device's casts."""
-    return INTERPRETED or torch.cuda.get_device_capability(device) < EXACT_CASTS
-
-
-def _grid(rows: Tensor, recipe: str) -> tuple[int, int]:
-    tile = TILES[recipe]
-    return triton.cdiv(rows.shape[0], tile), triton.cdiv(rows.shape[1], tile)
-
-
-def _constants(name: str, recipe: str, round_bf16: bool, device: torch.device) -> dict[str, Any]:
-    softplus = tuple(p.constrain == "softplus" for p in registry.get(name).params)
-    return {
-        "STORE": STORES[recipe], "SOFTPLUS": softplus, "ROUND": round_bf16, "EXACT": by_integers(device),
-        "TILE": TILES[recipe], "num_warps": WARPS, "enable_fp_fusion": True,
-    }  # fmt: skip
-
-
-def _pointers(q: Quantized, recipe: str, scale: Tensor | None) -> tuple[Any, ...]:
-    if recipe == "tensor":
-        return q.data, q.columnwise, scale, q.amax
-    pitch = q.scale_inv.shape[1]
-    second = 0 if q.columnwise_scale_inv is None else q.columnwise_scale_inv.shape[1]
-    return q.data, q.scale_inv, q.columnwise, q.columnwise_scale_inv, pitch, second
-
-
-def _with_inverse(q: Quantized, recipe: str, scale: Tensor | None) -> Quantized:
-    if recipe == "tensor" and scale is not None:
-        torch.reciprocal(scale, out=q.scale_inv)
-    return q
-
-
-def _filled(made: Quantized, out: Quantized | None, columnwise: bool) -> Quantized:
-    """``made``, or ``out`` with its values."""
-    if out is None:
-        return made if columnwise else replace(made, columnwise=None, columnwise_scale_inv=None)
-    for part in ("data", "scale_inv", "columnwise", "columnwise_scale_inv"):
-        mine, value = getattr(out, part), getattr(made, part)
-        if mine is not None:
-            mine.copy_(value.view(mine.shape))
-    if out.amax is not None:
-        torch.maximum(out.amax, made.amax, out=out.amax)  # type: ignore[arg-type]
+def _fill(out: Quantized, y: Tensor, scale: Tensor | None, round_bf16: bool) -> Quantized:
+    """``out`` with the specification's values."""
+    if out.recipe == "plain":
+        out.data.copy_(y.view(out.data.shape))
+        return out
+    made = fp8.quantize(y, out.recipe, scale, round_bf16, format=out.format, swizzled=out.swizzled)
+    _copy(made, out, ("data", "scale_inv", "columnwise", "columnwise_scale_inv"))
+    if out.amax is not None and made.amax is not None:
+        torch.maximum(out.amax, made.amax.view(out.amax.shape), out=out.amax)
     return out
+
+
+def _copy(made: Quantized | Kept, into: Quantized | Kept, parts: Sequence[str]) -> None:
+    """Values of the parts that ``into`` has."""
+    for part in parts:
+        mine = getattr(into, part)
+        if mine is not None:
+            mine.copy_(getattr(made, part).view(mine.shape))

@@ -1,97 +1,141 @@
-"""Forward and backward passes that write FP8: what the next GEMM reads, both of its halves, in one pass over x.
+"""The forward and the backward kernel whose results and operands may be FP8, in one pass over x.
 
-    forward   q = store(f(x + bias))                            current scaling: ``amax`` first, then ``tensor``
-    backward  q = store(g f'(x + bias)), and the parameters' and the bias' gradients as in ``template.py``
+    forward   out = store(f(z)), z = x + bias; amax = max |f(z)|; kept = z in 1.03 bytes per element
+    backward  out = store(g f'(z)), and the parameters' and the bias' gradients as in ``template.py``; x is float, with
+              its bias, or kept; g is float or FP8
 
-A program owns a tile of TILE x TILE elements. One of 128 x 128, which holds whole blocks both ways, is large for a
-thread: up to 255 registers, where 64 x 64 takes about 100. Recipes and layouts: ``fp8.py``; stores: ``stores.py``.
+A program works off ROWS x 128 elements in tiles of 32 x 128, HELD of them at a time: the blockwise store needs 128 x 128
+at once and gets it as bf16, half of what the sums and scales between would take. All programs together cover whole
+blocks of 128 x 128. Recipes and layouts: ``fp8.py``; loads: ``operands.py``; stores: ``stores.py``.
 """
 # mypy: ignore-errors
+# ruff: noqa: RUF005 (Triton tuples do not unpack with *)
 
 import triton
 import triton.language as tl
 
-from megatron_act.kernels.stores import bf16_of, e4m3_value, magnitude
+from megatron_act.kernels.fp8_device import bf16_of, magnitude
+from megatron_act.kernels.operands import lanes
+from megatron_act.kernels.stores import keep
 from megatron_act.kernels.template import load_params
 
-
-@triton.jit
-def tile_of(X, row, col, rows, cols, stride):
-    """fp32 values of a tile, 0 outside."""
-    inside = (row[:, None] < rows) & (col[None, :] < cols)
-    return tl.load(X + row[:, None].to(tl.int64) * stride + col[None, :], mask=inside, other=0.0).to(tl.float32)
+ACROSS = tl.constexpr(8)  # neighbours that a thread holds of a tile: 16 bytes of bf16
 
 
 @triton.jit
-def place(TILE: tl.constexpr):
-    """(rows, columns) of this program's tile."""
-    lane = tl.arange(0, TILE)
-    return tl.program_id(0) * TILE + lane, tl.program_id(1) * TILE + lane
+def across(t):
+    """[BM, BN] to [BM, BN / ACROSS, ACROSS]: the last axis is one thread's."""
+    return tl.reshape(t, [t.shape[0], t.shape[1] // ACROSS, ACROSS])
 
 
 @triton.jit
-def input_of(X, BIAS, row, col, rows, cols, stride):
+def with_bias(x, BIAS, col, cols):
     """x + bias of a tile."""
-    x = tile_of(X, row, col, rows, cols, stride)
     if BIAS is not None:
-        x += tl.load(BIAS + col, mask=col < cols, other=0.0).to(tl.float32)[None, :]
+        c = col + tl.arange(0, x.shape[1])
+        x += tl.load(BIAS + c, mask=c < cols, other=0.0).to(tl.float32)[None, :]
     return x
 
 
 @triton.jit
-def result_of(y, row, col, rows, cols, ROUND: tl.constexpr, EXACT: tl.constexpr):
-    """What is stored: rounded to bf16 if wanted, 0 outside of the tensor."""
+def result_of(y, row, col, rows, cols, ROUND: tl.constexpr, WHOLE: tl.constexpr, CASTS: tl.constexpr):
+    """What is stored: 0 outside of the tensor (WHOLE: there is no outside), rounded to bf16 if wanted."""
+    if not WHOLE:
+        r, c = lanes(row, col, y.shape[0], y.shape[1])
+        y = tl.where((r < rows) & (c < cols), y, 0.0)
     if ROUND:
-        y = bf16_of(y, EXACT)
-    return tl.where((row[:, None] < rows) & (col[None, :] < cols), y, 0.0)
+        y = bf16_of(y, CASTS)
+    return y
+
+
+@triton.jit
+def blank(count: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUND: tl.constexpr):
+    """As many tiles of zeros."""
+    tiles = ()
+    for _ in tl.static_range(count):
+        tiles = tiles + (tl.zeros([BM, BN], tl.bfloat16 if ROUND else tl.float32),)
+    return tiles
+
+
+@triton.jit
+def pushed(tiles, y):
+    """The tiles but the first, and y."""
+    rest = ()
+    for s in tl.static_range(1, len(tiles)):
+        rest = rest + (tiles[s],)
+    return rest + (y,)
 
 
 @triton.jit
 def forward_kernel(
-    X, BIAS, P, OUT, rows, cols, stride,
-    FWD: tl.constexpr, STORE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, EXACT: tl.constexpr,
-    TILE: tl.constexpr,
+    X, BIAS, P, OUT, AMAX, KEPT, rows, cols, width,
+    FWD: tl.constexpr, LOAD: tl.constexpr, STORE: tl.constexpr, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, WHOLE: tl.constexpr, CASTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LOOPS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """OUT, a recipe's pointers, from X."""
-    row, col = place(TILE)
-    y = FWD(input_of(X, BIAS, row, col, rows, cols, stride), load_params(P, SOFTPLUS))
-    STORE(result_of(y, row, col, rows, cols, ROUND, EXACT), OUT, row, col, rows, cols, EXACT)
-
-
-@triton.jit
-def amax_kernel(
-    X, BIAS, P, AMAX, rows, cols, stride,
-    FWD: tl.constexpr, SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """AMAX = max(AMAX, |f(x + bias)|): the first of current scaling's two passes; nothing else is written."""
-    row, col = place(TILE)
-    y = FWD(input_of(X, BIAS, row, col, rows, cols, stride), load_params(P, SOFTPLUS))
-    size = magnitude(result_of(y, row, col, rows, cols, ROUND, EXACT))
-    tl.atomic_max(AMAX, tl.max(tl.max(size, 1), 0))
+    """OUT, a recipe's pointers; AMAX = max(AMAX, |y|) and KEPT where they are not None. STORE None: nothing but AMAX."""
+    p = load_params(P, SOFTPLUS)
+    col = tl.program_id(0) % width * BN
+    start = tl.program_id(0) // width * (LOOPS * HELD * BM)
+    amax = tl.zeros([BM, BN // ACROSS], tl.float32)
+    for k in range(LOOPS):
+        first = start + k * (HELD * BM)
+        tiles = blank(HELD, BM, BN, ROUND)
+        for s in range(HELD):
+            row = first + s * BM
+            z = with_bias(LOAD(X, row, col, rows, cols, BM, BN, FORMAT, SWIZZLED, CASTS), BIAS, col, cols)
+            if KEPT is not None:
+                keep(z, KEPT, row, col, rows, cols, CASTS)
+            y = result_of(FWD(z, p), row, col, rows, cols, ROUND, WHOLE, CASTS)
+            if AMAX is not None:
+                amax = tl.maximum(amax, tl.max(across(magnitude(y.to(tl.float32), CASTS)), 2))
+            tiles = pushed(tiles, y)
+        if STORE is not None:
+            STORE(tiles, OUT, first, col, rows, cols, FORMAT, SWIZZLED, CASTS)
+    if AMAX is not None:
+        tl.atomic_max(AMAX, tl.max(tl.max(amax, 1), 0), sem="relaxed")  # a maximum: any order gives the same bits
 
 
 @triton.jit
 def backward_kernel(
-    X, BIAS, G, G_SCALE_INV, P, OUT, PARTIAL, DBIAS, rows, cols, stride_x, stride_g,
-    BWD: tl.constexpr, STORE: tl.constexpr, SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, EXACT: tl.constexpr,
-    TILE: tl.constexpr,
+    X, BIAS, G, P, OUT, AMAX, PARTIAL, DBIAS, rows, cols, width,
+    BWD: tl.constexpr, LOAD: tl.constexpr, LOAD_G: tl.constexpr, FORMAT_G: tl.constexpr, SWIZZLED_G: tl.constexpr,
+    STORE: tl.constexpr, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr,
+    SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, WHOLE: tl.constexpr, CASTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, LOOPS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """OUT from dx; PARTIAL[j, program] and DBIAS[tile of rows, c] as in ``template.bwd_kernel``.
-
-    G is a float tensor, or e4m3 bits with one inverse scale.
-    """
-    row, col = place(TILE)
-    x = input_of(X, BIAS, row, col, rows, cols, stride_x)
-    if G_SCALE_INV is None:
-        g = tile_of(G, row, col, rows, cols, stride_g)
-    else:
-        inside = (row[:, None] < rows) & (col[None, :] < cols)
-        code = tl.load(G + row[:, None].to(tl.int64) * stride_g + col[None, :], mask=inside, other=0)
-        g = e4m3_value(code, EXACT) * tl.load(G_SCALE_INV)
-    dx, terms = BWD(x, g, load_params(P, SOFTPLUS))
+    """OUT from dx; PARTIAL[j, program] and DBIAS[group of rows, c] as in ``template.bwd_kernel``."""
+    p = load_params(P, SOFTPLUS)
+    col = tl.program_id(0) % width * BN
+    start = tl.program_id(0) // width * (LOOPS * HELD * BM)
+    amax = tl.zeros([BM, BN // ACROSS], tl.float32)
+    sums = ()
+    for _ in tl.static_range(len(P)):
+        sums = sums + (tl.zeros([BM, BN // ACROSS], tl.float32),)
+    dbias = tl.zeros([BM, BN], tl.float32)
+    for k in range(LOOPS):
+        first = start + k * (HELD * BM)
+        tiles = blank(HELD, BM, BN, ROUND)
+        for s in range(HELD):
+            row = first + s * BM
+            z = with_bias(LOAD(X, row, col, rows, cols, BM, BN, "e4m3", False, CASTS), BIAS, col, cols)
+            g = LOAD_G(G, row, col, rows, cols, BM, BN, FORMAT_G, SWIZZLED_G, CASTS)
+            dx, terms = BWD(z, g, p)
+            totals = ()
+            for j in tl.static_range(len(P)):
+                totals = totals + (sums[j] + tl.sum(across(terms[j]), 2),)
+            sums = totals
+            if DBIAS is not None:
+                dbias += dx
+            y = result_of(dx, row, col, rows, cols, ROUND, WHOLE, CASTS)
+            if AMAX is not None:
+                amax = tl.maximum(amax, tl.max(across(magnitude(y.to(tl.float32), CASTS)), 2))
+            tiles = pushed(tiles, y)
+        STORE(tiles, OUT, first, col, rows, cols, FORMAT, SWIZZLED, CASTS)
+    if AMAX is not None:
+        tl.atomic_max(AMAX, tl.max(tl.max(amax, 1), 0), sem="relaxed")
     if DBIAS is not None:
-        tl.store(DBIAS + tl.program_id(0).to(tl.int64) * cols + col, tl.sum(dx, 0), mask=col < cols)
-    slot = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        c = col + tl.arange(0, BN)
+        tl.store(DBIAS + (tl.program_id(0) // width).to(tl.int64) * cols + c, tl.sum(dbias, 0), mask=c < cols)
     for j in tl.static_range(len(P)):
-        tl.store(PARTIAL + j * tl.num_programs(0) * tl.num_programs(1) + slot, tl.sum(tl.sum(terms[j], 1), 0))
-    STORE(result_of(dx, row, col, rows, cols, ROUND, EXACT), OUT, row, col, rows, cols, EXACT)
+        tl.store(PARTIAL + j * tl.num_programs(0) + tl.program_id(0), tl.sum(tl.sum(sums[j], 1), 0))

@@ -10,7 +10,7 @@ from megatron_act.kernels.spec import Activation
 HERE = Path(__file__).parent
 INFRASTRUCTURE = {
     *("api", "checks", "device_math", "gates", "ops", "registry", "spec", "template"),
-    *("fp8", "fp8_ops", "quantized", "stores"),
+    *("fp8", "fp8_buffers", "fp8_device", "fp8_launch", "fp8_ops", "operands", "quantized", "stores"),
 }
 
 

@@ -13,6 +13,7 @@ if [[ -z "${PYTHON:-}" ]] && "$venv/bin/python" -m pip --version >/dev/null 2>&1
   python="$venv/bin/python"
 fi
 megatron="megatron-core==0.19.2"
+engine="transformer_engine==2.20.2"
 stamp="$venv/.megatron-act-ready"
 
 fail() {
@@ -61,5 +62,13 @@ fi
 
 echo "  megatron-act and its requirements"
 "${pip[@]}" install --editable "$root[dev]"
+
+# Transformer Engine's Python without its CUDA part (1.2 MB), which tests/te_cpu runs on a CPU. It gets a folder of its own:
+# in site-packages `import transformer_engine` would raise a RuntimeError, which Megatron's ImportError guards let through.
+if [[ ! -d "$venv/te_python/${engine/==/-}.dist-info" ]]; then
+  echo "  Transformer Engine's Python, for tests"
+  rm -rf "$venv/te_python"
+  "${pip[@]}" install --no-deps --target "$venv/te_python" "$engine"
+fi
 printf '%s' "$want" >"$stamp"
 echo "ready: $venv"

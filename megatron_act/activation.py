@@ -8,9 +8,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 
-from megatron_act import recompute
+from megatron_act import fp8_function, recompute
 from megatron_act.kernels import api as kernels
-from megatron_act.parallel import GradientProbe, sum_gradients_over_group
+from megatron_act.parallel import GradientProbe, sum_gradients_over_group, sum_over_group
 
 
 class TrainableActivation(MegatronModule):
@@ -29,6 +29,7 @@ class TrainableActivation(MegatronModule):
         backend: ``auto``, ``triton`` or ``reference`` (``kernels.apply``).
         tp_group: the group over which the ffn dimension is split; None means Megatron's.
         recompute: make a result that ``recompute.dropped_input`` can drop until the backward pass.
+        fp8_store: keep the pre-activation in FP8 for the backward pass.
 
     Raises:
         ValueError: an unknown activation, parameter name or impossible effective value.
@@ -42,11 +43,13 @@ class TrainableActivation(MegatronModule):
         backend: str = "auto",
         tp_group: torch.distributed.ProcessGroup | None = None,
         recompute: bool = False,
+        fp8_store: bool = False,
     ) -> None:
         super().__init__(config=config)
         self.activation = kernels.get(name)
         self.backend = backend
         self.recompute = recompute
+        self.fp8_store = fp8_store
         self.sums_in_backward = True
         self.probe: GradientProbe | None = None  # set while the reductions are being checked
         self.role = ""  # in a layer with several sets of scalars: whose this is, as telemetry names it
@@ -58,7 +61,13 @@ class TrainableActivation(MegatronModule):
             self.register_parameter(param.name, torch.nn.Parameter(tensor))
 
     def forward(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, weights: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        weights: torch.Tensor | None = None,
+        *,
+        fp8_output: Any = None,
+        fp8_grad: Any = None,
     ) -> torch.Tensor:
         """Applies the activation.
 
@@ -66,11 +75,15 @@ class TrainableActivation(MegatronModule):
             x: fc1's output, shape (..., ffn_hidden_size / tp), fp32, bf16 or fp16.
             bias: fc1's bias, shape (ffn_hidden_size / tp,), or None.
             weights: one factor per token (an expert's router probabilities), shape ``x.shape[:-1]``, or None.
+            fp8_output, fp8_grad: quantizers of the result and of x's gradient (``fp8_output``), without weights.
 
         Returns:
-            A tensor of x's shape and dtype.
+            A tensor of x's shape and dtype; with ``fp8_output`` Transformer Engine's quantized tensor.
         """
         raw = self.wired_scalars()
+        if fp8_output is not None or fp8_grad is not None or self.fp8_store:
+            plan = fp8_function.Plan(self.activation.name, self.backend, fp8_output, fp8_grad, self.fp8_store)
+            return fp8_function.apply(plan, x, bias, raw)
         apply = recompute.apply if self.recompute else kernels.apply
         return apply(self.activation.name, x, raw, bias=bias, weights=weights, backend=self.backend)
 
@@ -80,6 +93,14 @@ class TrainableActivation(MegatronModule):
         if self.sums_in_backward:
             raw = sum_gradients_over_group(raw, self.tp_group)
         return self.probe.watch(raw) if self.probe else raw
+
+    def received(self, partials: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The scalars' gradients from this rank's partial ones, for a caller that does its own backward pass."""
+        if self.probe:
+            self.probe.add(partials)
+        if self.sums_in_backward:
+            partials = sum_over_group(partials, self.tp_group)
+        return tuple(partials)
 
     def raw_scalars(self) -> list[torch.Tensor]:
         """The raw scalars in the registry's order."""

@@ -55,6 +55,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="keep the pre-activation only; the backward pass computes the activation again",
     )
+    group.add_argument(
+        "--activation-fp8-output",
+        action="store_true",
+        help="with --fp8-format: the activation writes fc2's input in FP8 (Transformer Engine 2.20, plain MLPs)",
+    )
+    group.add_argument(
+        "--activation-fp8-grad",
+        action="store_true",
+        help="with --fp8-format: the backward pass writes the gradient that fc1 reads in FP8 (not tensorwise)",
+    )
+    group.add_argument(
+        "--activation-fp8-input-store",
+        action="store_true",
+        help="keep the pre-activation in FP8 for the backward pass: half the memory, gradients within FP8's error",
+    )
+    group.add_argument(
+        "--dataloader",
+        choices=["megatron", "dali"],
+        default="megatron",
+        help="dali: NVIDIA DALI (pip install nvidia-dali-cuda130) reads the same samples in the same order",
+    )
     group.add_argument("--cpu", action="store_true", help="train on the CPU with gloo (development and tests)")
     group.add_argument("--metrics-jsonl", metavar="FILE", help="write loss, scalars and speed of each logged step here")
     group.add_argument(

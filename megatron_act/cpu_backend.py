@@ -171,8 +171,21 @@ def _quiet_import() -> Iterator[None]:
         yield
 
 
+@functools.cache
+def install_devices() -> None:
+    """The part of ``install`` that needs no Megatron: CUDA names of torch mean the CPU from here on. Idempotent."""
+    _patch_device_queries()
+    _patch_random()
+    _patch_streams_and_types()
+    mode = _CudaMeansCpu()
+    mode.__enter__()
+    _keep_in_backward(mode)
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small fusions costs 10 s of start-up
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
+
+
 def install() -> None:
-    """Makes CUDA names of torch mean the CPU, then imports Megatron and applies the two patches it needs. Idempotent.
+    """``install_devices``, then imports Megatron and applies the two patches it needs. Idempotent.
 
     Raises:
         RuntimeError: Megatron-Core was imported earlier, so that parts of it hold unpatched names.
@@ -186,15 +199,8 @@ def install() -> None:
         )
     _installed = True
     install_typing_override()
-    _patch_device_queries()
-    _patch_random()
-    _patch_streams_and_types()
-    mode = _CudaMeansCpu()
-    mode.__enter__()
-    _keep_in_backward(mode)
+    install_devices()
     os.environ[ENVIRONMENT_FLAG] = "1"
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # compiling Megatron's small fusions costs 10 s of start-up
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # Megatron asks for it with tensor parallelism
     with _quiet_import():
         _patch_megatron()
 

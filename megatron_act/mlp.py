@@ -7,8 +7,9 @@ import torch
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_act import graphs, recompute
+from megatron_act import fp8_grad, fp8_output, graphs, recompute
 from megatron_act.activation import TrainableActivation
+from megatron_act.fp8_options import BF16, Fp8Options
 
 
 @dataclass
@@ -19,6 +20,7 @@ class ActivationMLPSubmodules(MLPSubmodules):
     activation_init: dict[str, float] | None = None
     activation_backend: str = "auto"
     activation_recompute: bool = False
+    activation_fp8: Fp8Options = BF16
     own_scalars: bool = True  # False: whoever builds this MLP gives it an activation (experts that share one)
 
 
@@ -34,8 +36,9 @@ class ActivationMLP(MLP):
 
     def __init__(self, config: TransformerConfig, submodules: ActivationMLPSubmodules, **kwargs: Any) -> None:
         refuse_unsupported(config, submodules.activation)
-        refuse_recompute(config, submodules)
+        refuse_options(config, submodules)
         super().__init__(config=config, submodules=submodules, **kwargs)
+        self.fp8 = submodules.activation_fp8
         if submodules.own_scalars:
             self.activation_func = build_activation(config, submodules, self.tp_group)
 
@@ -55,10 +58,20 @@ class ActivationMLP(MLP):
         if self.activation_func.recompute:
             output, output_bias = self._without_keeping(x, bias, per_token_scale)
         else:
-            output, output_bias = self.linear_fc2(self.activation_func(x, bias, per_token_scale))
+            quantizers = self._quantizers(x, per_token_scale)
+            output, output_bias = self.linear_fc2(self.activation_func(x, bias, per_token_scale, **quantizers))
         if per_token_scale is None or output_bias is None:
             return output, output_bias
         return output + (output_bias * per_token_scale.unsqueeze(-1)).to(output.dtype), None
+
+    def _quantizers(self, x: torch.Tensor, per_token_scale: torch.Tensor | None) -> dict[str, Any]:
+        """fc2's for the activation's result and fc1's for its gradient, where they are wanted and possible."""
+        found: dict[str, Any] = {}
+        if self.fp8.output:
+            found["fp8_output"] = fp8_output.quantizer_of(self.linear_fc2, x, per_token_scale)
+        if self.fp8.grad:
+            found["fp8_grad"] = fp8_grad.quantizer_of(self.linear_fc1, x, per_token_scale)
+        return found
 
     @torch.compiler.disable  # which can trace neither the hooks nor a question to y's autograd node
     def _without_keeping(
@@ -85,12 +98,14 @@ def build_activation(
         backend=submodules.activation_backend,
         tp_group=tp_group,
         recompute=submodules.activation_recompute,
+        fp8_store=submodules.activation_fp8.store,
     )
 
 
-def refuse_recompute(config: TransformerConfig, submodules: ActivationMLPSubmodules) -> None:
-    """Raises ValueError where activation recompute cannot go with the configuration."""
-    if submodules.activation_recompute and (why := recompute.conflict(config)):
+def refuse_options(config: TransformerConfig, submodules: ActivationMLPSubmodules) -> None:
+    """Raises ValueError where activation recompute or FP8 cannot go with the configuration or with each other."""
+    again, fp8 = submodules.activation_recompute, submodules.activation_fp8
+    if why := (again and recompute.conflict(config, fp8)) or fp8.conflict(config):
         raise ValueError(why)
 
 

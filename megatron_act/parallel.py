@@ -14,7 +14,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 
 if TYPE_CHECKING:
     from megatron_act.activation import TrainableActivation
@@ -38,6 +41,16 @@ def sum_gradients_over_group(
     if not scalars:
         return ()
     stacked = copy_to_tensor_model_parallel_region(torch.cat(list(scalars)), group=group)
+    return tuple(stacked.split(1))
+
+
+def sum_over_group(
+    partials: Sequence[torch.Tensor], group: torch.distributed.ProcessGroup | None
+) -> tuple[torch.Tensor, ...]:
+    """The gradients that ``sum_gradients_over_group`` would send back, from the partial ones of this rank."""
+    if not partials:
+        return ()
+    stacked = reduce_from_tensor_model_parallel_region(torch.cat(list(partials)), group=group)
     return tuple(stacked.split(1))
 
 
@@ -81,6 +94,11 @@ class GradientProbe:
             if view.requires_grad:
                 view.register_hook(partial(_add, total))
         return views
+
+    def add(self, partials: Sequence[torch.Tensor]) -> None:
+        """Adds gradients that did not pass through ``watch``."""
+        for partial_grad, total in zip(partials, self.totals, strict=True):
+            _add(total, partial_grad)
 
     def reset(self) -> None:
         """Forgets what was added up."""

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from megatron_act import arguments, cpu_backend
+from megatron_act import arguments, cpu_backend, te
 from megatron_act.compat import install_typing_override
 from megatron_act.errors import BAD_INPUT, UserError
 
@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
         UserError: a flag, file or combination that cannot work.
     """
     flags, cpu = arguments.peek(argv)
+    te.check_before_megatron(cpu)
     if cpu:
         cpu_backend.install()
     from megatron_act import training_run  # imports Megatron: after the backend's patches

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_act.fp8_options import STORE_FLAG, Fp8Options
 from megatron_act.kernels import api as kernels
 
 FLAG = "--recompute-activation-function"
@@ -105,14 +106,20 @@ def _unpack(packed: Tensor | _Recipe) -> Tensor:
     return packed.cook() if isinstance(packed, _Recipe) else packed
 
 
-def conflict(settings: Any) -> str | None:
+def conflict(settings: Any, fp8: Fp8Options) -> str | None:
     """Why activation recompute cannot go with a configuration: one sentence with the flag to remove, or None.
 
     Args:
         settings: Megatron's parsed arguments or a TransformerConfig.
+        fp8: what of the activation is in FP8.
     """
     experts = getattr(settings, "num_experts", None) or getattr(settings, "num_moe_experts", None)
     problems = (
+        (fp8.store, f"{STORE_FLAG}: the activation would be computed again from rounded values"),
+        (
+            getattr(settings, "use_transformer_engine_op_fuser", False),
+            "--use-transformer-engine-op-fuser: the fuser keeps fc2's input",
+        ),
         (getattr(settings, "fp8", None), "--fp8-format: fc2 keeps an FP8 copy of its input, nothing would be dropped"),
         (getattr(settings, "fp4", None), "--fp4-format: fc2 keeps an FP4 copy of its input, nothing would be dropped"),
         (

@@ -18,6 +18,7 @@ from megatron.training import print_rank_0
 
 from megatron_act import finalize, mtp, optimizer_groups
 from megatron_act.experts import moe_with_activation
+from megatron_act.fp8_options import BF16, Fp8Options
 from megatron_act.kernels import api as kernels
 from megatron_act.mlp import ActivationMLP, ActivationMLPSubmodules, refuse_unsupported
 from megatron_act.norms import stock_spec
@@ -31,6 +32,7 @@ def with_activation(
     init: Mapping[str, float] | None = None,
     backend: str = "auto",
     recompute: bool = False,
+    fp8: Fp8Options = BF16,
     per_expert: bool = False,
 ) -> ModuleSpec:
     """A copy of a stock layer or block spec whose MLPs, experts included, have activation ``name``.
@@ -45,6 +47,7 @@ def with_activation(
         init: effective initial values of the scalars by name.
         backend: ``auto``, ``triton`` or ``reference``.
         recompute: keep the pre-activation only (``--recompute-activation-function``).
+        fp8: what of the activation is in FP8 (``--activation-fp8-output`` and its like).
         per_expert: scalars for each routed expert, instead of one set per MoE layer (``--activation-per-expert``).
 
     Raises:
@@ -59,6 +62,7 @@ def with_activation(
         activation_init=dict(init or {}),
         activation_backend=backend,
         activation_recompute=recompute,
+        activation_fp8=fp8,
     )
     placed = _placed(spec, describe, config, per_expert)
     config.activation_func = _refusal(name)
@@ -90,12 +94,26 @@ def _placed(spec: Any, describe: Callable, config: TransformerConfig, per_expert
 def _with_activation_mlp(stock: Any, describe: Callable, config: TransformerConfig, per_expert: bool) -> partial:
     if isinstance(stock, partial) and stock.func is MoELayer:
         return moe_with_activation(stock, describe, config, per_expert)
-    if isinstance(stock, partial) and stock.func == MLP.as_mlp_submodule:
-        return partial(ActivationMLP.as_mlp_submodule, submodules=describe(stock.keywords["submodules"]))
+    kind = _mlp_class(stock)
+    if kind is not None:
+        return partial(kind.as_mlp_submodule, submodules=describe(stock.keywords["submodules"]))
     raise ValueError(
         f"--activation: expected Megatron's MLP or MoE layer in the layer spec, got {stock}: use the standard "
-        "local or transformer_engine layers (without --use-transformer-engine-op-fuser)"
+        "local or transformer_engine layers"
     )
+
+
+def _mlp_class(stock: Any) -> Any:
+    """Ours for Megatron's dense MLP or its op-fuser MLP, None for anything else."""
+    if not isinstance(stock, partial):
+        return None
+    if stock.func == MLP.as_mlp_submodule:
+        return ActivationMLP
+    if getattr(getattr(stock.func, "__self__", None), "__name__", None) != "TEFusedMLP":
+        return None
+    from megatron_act.te_op import ActivationFusedMLP  # Transformer Engine is there: Megatron's class is
+
+    return ActivationFusedMLP
 
 
 def _refusal(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -112,6 +130,7 @@ def layer_spec(
     init: Mapping[str, float] | None = None,
     backend: str = "auto",
     recompute: bool = False,
+    fp8: Fp8Options = BF16,
     per_expert: bool = False,
 ) -> Callable[..., ModuleSpec]:
     """A callable for Megatron's ``--spec`` (``GPTModelConfig.transformer_layer_spec``): stock layers, our MLP.
@@ -121,9 +140,12 @@ def layer_spec(
         init: effective initial values of the scalars by name.
         backend: ``auto``, ``triton`` or ``reference``.
         recompute: keep the pre-activation only (``--recompute-activation-function``).
+        fp8: what of the activation is in FP8 (``--activation-fp8-output`` and its like).
         per_expert: scalars for each routed expert (``--activation-per-expert``).
     """
-    options: dict[str, Any] = {"init": init, "backend": backend, "recompute": recompute, "per_expert": per_expert}
+    options: dict[str, Any] = {
+        "init": init, "backend": backend, "recompute": recompute, "fp8": fp8, "per_expert": per_expert
+    }  # fmt: skip
 
     def place(stock: Any, config: TransformerConfig) -> Any:
         return with_activation(stock, name, config, **options)

@@ -1,21 +1,27 @@
-"""What a run tells while it trains: loss, throughput and every layer's scalars, to TensorBoard and to a JSONL file.
+"""What a run tells while it trains: loss, throughput and every layer's activation, to TensorBoard and a JSONL file.
 
 Megatron's loop has no hook for extra metrics, so ``install`` wraps its ``training_log`` and its evaluation. One JSON
 object a line, written by the last rank (which holds the loss), flushed at once:
 
 * ``{"event": "start", "activation", "args", "parameters", "peak_tflops", "versions", "time"}``
 * ``{"event": "step", "iteration", "tokens", "loss", "learning_rate", "grad_norm", "seconds", "step_seconds",
-  "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "scalars"}``
+  "tokens_per_second_per_gpu", "tflops_per_gpu", "mfu", "peak_memory_bytes", "telemetry_seconds", "scalars",
+  "scalar_gradients", "negative_fraction", "zero_fraction"}``
 * ``{"event": "evaluation", "split": "validation" or "test", "iteration", "tokens", "loss"}``
 
 ``loss`` is in nats per token of that step, ``seconds`` the wall time since the first step, ``scalars`` the effective
-values by name, one per layer in depth order. ``step_seconds`` to ``mfu`` are means over the steps since the last record
-(``throughput`` says what they count), without the run's first step where that has no record of its own; ``mfu`` is null
-without a peak to compare with, and a line of the log says why. A resumed run appends: its start line, then the
-iterations from where it resumed, with ``seconds`` counted anew.
+values by name, one per layer in depth order, ``scalar_gradients`` the gradients of the raw ones before clipping
+(``scalar_gradients``; absent under FSDP), the two fractions what ``preactivations`` counts by layer. ``step_seconds``
+to ``mfu`` are means over the steps since the last record (``throughput`` says what they count), without the run's first
+step where that has no record of its own; ``mfu`` is null without a peak to compare with, and a line of the log says
+why. ``peak_memory_bytes`` is the GPU's peak so far (on a CPU the process's), of the last rank. ``telemetry_seconds`` is
+what all of this has cost on that rank since the last record. A resumed run appends: its start line, then the iterations
+from where it resumed, with ``seconds`` counted anew.
 """
 
 import json
+import math
+import resource
 import time
 from argparse import Namespace
 from dataclasses import asdict
@@ -29,9 +35,13 @@ from megatron.core.num_microbatches_calculator import get_current_running_global
 from megatron.training import get_tensorboard_writer, get_timers, is_last_rank, print_rank_0
 from megatron.training import training as megatron_loop
 
-from megatron_act import __version__, replicas
-from megatron_act.activation import TrainableActivation, activations_of
+from megatron_act import __version__, full_validation, layer_values, replicas
+from megatron_act.curve_images import curve_image
+from megatron_act.preactivations import Preactivations
+from megatron_act.scalar_gradients import gradients
 from megatron_act.throughput import Meter, Peak, Throughput, peak_of
+
+IMAGES_PER_RUN = 20
 
 RECORDED_FLAGS = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "seq_length", "padded_vocab_size"),
@@ -58,12 +68,17 @@ class Telemetry:
         self.started: float | None = None
         self.peak: Peak | None = None
         self.meter: Meter | None = None
+        self.preactivations: Preactivations | None = None
+        self.spent = 0.0  # seconds since the last record
         self.path = Path(args.metrics_jsonl) if args.metrics_jsonl else None
 
     def remember(self, models: list[Any]) -> list[Any]:
         """A post-wrap hook: keeps the model chunks and writes the start line."""
         self.models = models
         self.started = self.meter = None  # after a restart in this process Megatron's timers start anew
+        self.preactivations = Preactivations(models, self.args.num_layers)
+        if self.args.log_interval == 1:
+            self.preactivations.watch()
         self.peak = peak_of(self.args, torch.cuda.get_device_name() if torch.cuda.is_available() else None)
         print_rank_0(f"> megatron-act: {self.peak}")
         parameters = _count_parameters(models)
@@ -88,15 +103,30 @@ class Telemetry:
 
     def step(self, iteration: int, loss_dict: dict[str, Any], learning_rate: float | None, grad_norm: Any) -> None:
         """Records one training step, every ``--log-interval`` steps; every rank must call it, after Megatron's log."""
+        began = time.perf_counter()
         pace = self._pace(iteration)
-        self.started = self.started or time.perf_counter()
-        if pace is None or iteration % self.args.log_interval:
-            return
-        replicas.refresh_values(self.models)
-        scalars = gather_scalars(self.models, self.args.pipeline_model_parallel_size)
+        self.started = self.started or began
+        if pace is not None and iteration % self.args.log_interval == 0:
+            self._record(iteration, loss_dict, learning_rate, grad_norm, pace, began)
+        if (iteration + 1) % self.args.log_interval == 0:
+            assert self.preactivations is not None
+            self.preactivations.watch()
+        self.spent += time.perf_counter() - began
+
+    def _record(
+        self,
+        iteration: int,
+        loss_dict: dict[str, Any],
+        learning_rate: float | None,
+        grad_norm: Any,
+        pace: Throughput,
+        began: float,
+    ) -> None:
+        norm = None if grad_norm is None else float(grad_norm)
+        layers = self._layers(norm)
         if not is_last_rank():
             return
-        self._tensorboard(scalars, pace, iteration)
+        self._tensorboard(layers, pace, iteration)
         loss = loss_dict.get("lm loss")
         self._write(
             {
@@ -105,12 +135,31 @@ class Telemetry:
                 "tokens": self.args.consumed_train_samples * self.args.seq_length,
                 "loss": None if loss is None else float(loss),
                 "learning_rate": learning_rate,
-                "grad_norm": None if grad_norm is None else float(grad_norm),
-                "seconds": round(time.perf_counter() - self.started, 3),
+                "grad_norm": norm,
+                "seconds": round(began - (self.started or began), 3),
                 **asdict(pace),
-                "scalars": scalars,
+                "peak_memory_bytes": _peak_memory(),
+                "telemetry_seconds": self._cost(began),
+                **layers,
             }
         )
+
+    def _cost(self, began: float) -> float:
+        """Seconds spent here since the last record; what follows in this step counts towards the next one."""
+        assert self.preactivations is not None
+        now = time.perf_counter()
+        cost = self.spent + now - began + self.preactivations.take_seconds()
+        self.spent = began - now  # `step` adds the time since `began`
+        return round(cost, 6)
+
+    def _layers(self, norm: float | None) -> dict[str, Any]:
+        """What each layer tells; collective."""
+        assert self.preactivations is not None
+        replicas.refresh_values(self.models)
+        size = self.args.pipeline_model_parallel_size
+        grads = gradients(self.models, self.args.clip_grad, norm)
+        scalars, scalar_gradients = layer_values.gather(self.models, size, grads)
+        return {"scalars": scalars, "scalar_gradients": scalar_gradients, **self.preactivations.take()}
 
     def _pace(self, iteration: int) -> Throughput | None:
         """Throughput since the last lap, where Megatron has just read its timer: logged steps and the first one."""
@@ -131,16 +180,22 @@ class Telemetry:
             tokens = self.args.consumed_train_samples * self.args.seq_length
             self._write({"event": "evaluation", **place, "tokens": tokens, "loss": float(losses["lm loss"])})
 
-    def _tensorboard(self, scalars: dict[str, list[float]], pace: Throughput, iteration: int) -> None:
+    def _tensorboard(self, layers: dict[str, Any], pace: Throughput, iteration: int) -> None:
         writer = get_tensorboard_writer()
         if not writer:
             return
-        for name, by_layer in scalars.items():
-            for layer, value in enumerate(by_layer, start=1):
-                writer.add_scalar(f"activation/{name}/layer_{layer}", value, iteration)
+        for tag, value in tagged(layers):
+            writer.add_scalar(tag, value, iteration)
         for name, value in asdict(pace).items():
             if value is not None:
                 writer.add_scalar(f"throughput/{name}", value, iteration)
+        if layers["scalars"] and iteration % self._image_interval() == 0:
+            picture = curve_image(self.args.activation, layers["scalars"])
+            writer.add_image("activation/curves", picture, iteration, dataformats="HWC")
+
+    def _image_interval(self) -> int:
+        logs = self.args.train_iters // self.args.log_interval
+        return max(1, logs // IMAGES_PER_RUN) * self.args.log_interval
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.path:
@@ -148,56 +203,26 @@ class Telemetry:
                 file.write(json.dumps(record) + "\n")
 
 
-def gather_scalars(models: list[Any], pipeline_size: int) -> dict[str, list[float]]:
-    """Effective scalars of the whole model by name, one value per layer that has it in depth order.
-
-    In a mixture of experts, shared experts' are named ``shared_experts.NAME``, an expert's own ``expert_3.NAME``.
-    Collective over the pipeline that the last rank belongs to; every other rank returns nothing, at no cost (with
-    scalars per expert: collective over expert-parallel ranks too). One copy from the device, however many layers.
-
-    Args:
-        models: this rank's model chunks.
-        pipeline_size: number of pipeline stages.
-    """
-    group = mpu.get_pipeline_model_parallel_group()
-    modules = activations_of(models)
-    heard = torch.distributed.get_world_size() - 1 in torch.distributed.get_process_group_ranks(group)
-    spread = mpu.get_expert_model_parallel_world_size() > 1 and any(m.role.startswith("expert_") for m in modules)
-    here = _effective_by_layer(modules) if heard or spread else []
-    if spread:
-        here = _with_other_experts(here)
-    if not heard:
-        return {}
-    stages: list[Any] = [here]
-    if pipeline_size > 1:
-        stages = [None] * pipeline_size
-        torch.distributed.all_gather_object(stages, here, group=group)
-    layers = sorted((pair for stage in stages for pair in stage), key=lambda pair: pair[0])
-    names = {name: None for _, values in layers for name in values}  # in order of appearance
-    return {name: [values[name] for _, values in layers if name in values] for name in names}
+def tagged(layers: dict[str, Any]) -> list[tuple[str, float]]:
+    """TensorBoard's tags and values: ``activation/alpha_p/layer_3``, ``activation_gradient/...`` and its norm, ..."""
+    found = [(f"activation/{name}/layer_{n}", v) for name, n, v in _numbered(layers["scalars"])]
+    grads = layers["scalar_gradients"]
+    found += [(f"activation_gradient/{name}/layer_{n}", v) for name, n, v in _numbered(grads)]
+    found += [(f"activation_gradient/{name}/norm", math.hypot(*values)) for name, values in grads.items()]
+    fractions: dict[str, list[float]] = {
+        name: layers[name] for name in ("negative_fraction", "zero_fraction") if name in layers
+    }
+    return found + [(f"preactivation/{name}/layer_{n}", v) for name, n, v in _numbered(fractions)]
 
 
-def _with_other_experts(here: list[tuple[int, dict[str, float]]]) -> list[tuple[int, dict[str, float]]]:
-    """This rank's scalars and those of the experts of its expert-parallel peers; collective over these."""
-    peers: list[Any] = [None] * mpu.get_expert_model_parallel_world_size()
-    torch.distributed.all_gather_object(peers, here, group=mpu.get_expert_model_parallel_group())
-    return list({(layer, *values): (layer, values) for peer in peers for layer, values in peer}.values())
+def _numbered(values: dict[str, list[float]]) -> list[tuple[str, int, float]]:
+    return [(name, n, value) for name, layers in values.items() for n, value in enumerate(layers, start=1)]
 
 
-def _effective_by_layer(modules: list[TrainableActivation]) -> list[tuple[int, dict[str, float]]]:
-    raws = [raw.detach() for module in modules for raw in module.raw_scalars()]
-    values = iter(torch.cat(raws).tolist() if raws else [])
-    return [
-        (
-            module.layer_number,
-            {_label(module, param.name): param.effective(next(values)) for param in module.activation.params},
-        )
-        for module in modules
-    ]
-
-
-def _label(module: TrainableActivation, name: str) -> str:
-    return f"{module.role}.{name}" if module.role else name
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def _count_parameters(models: list[Any]) -> int:
@@ -216,7 +241,11 @@ def _count_parameters(models: list[Any]) -> int:
 
 
 def install(args: Namespace, model_config: Any) -> None:
-    """Connects a Telemetry to Megatron's loop where ``--metrics-jsonl`` or ``--tensorboard-dir`` asks for it."""
+    """Connects a Telemetry to Megatron's loop where ``--metrics-jsonl`` or ``--tensorboard-dir`` asks for it.
+
+    With ``--full-validation`` of files it fixes the held-out windows too (``full_validation``).
+    """
+    full_validation.install(args)
     if not (args.metrics_jsonl or args.tensorboard_dir):
         return
     telemetry = Telemetry(args)

@@ -31,6 +31,7 @@ from megatron_act import (
     recompute,
     restore,
     specs,
+    te,
     telemetry,
     throughput,
 )
@@ -40,7 +41,9 @@ from megatron_act.checkpoint.optimizer import check_optimizer
 from megatron_act.checkpoint.reader import chosen
 from megatron_act.checkpoint.tracker import repair_tracker
 from megatron_act.compat import use_built_helpers
+from megatron_act.data import dali
 from megatron_act.errors import UserError
+from megatron_act.fp8_options import Fp8Options
 from megatron_act.gpt_step import forward_step
 from megatron_act.kernels import api as kernels
 
@@ -75,6 +78,7 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
             init=init,
             backend=args.activation_backend,
             recompute=args.recompute_activation_function,
+            fp8=Fp8Options.of(args),
             per_expert=args.activation_per_expert,
         )
         model_config.post_wrap_hooks += [mtp.number_layers, _announce, finalize.install]
@@ -163,7 +167,7 @@ def check_arguments(args: Namespace) -> None:
             )
     _check_tokenizer(args)
     _check_async(args)
-    if why := throughput.conflict(args):
+    if why := throughput.conflict(args) or te.conflict(args) or dali.conflict(args):
         raise UserError(why)
     if args.activation is None:
         _check_without_activation(args)
@@ -194,7 +198,7 @@ def _check_async(args: Namespace) -> None:
 
 def _check_without_activation(args: Namespace) -> None:
     flags = {recompute.FLAG: args.recompute_activation_function, restore.FLAG: args.activation_init_missing}
-    for flag in (flag for flag, given in flags.items() if given):
+    for flag in (*(flag for flag, given in flags.items() if given), *Fp8Options.of(args).flags):
         raise UserError(f"{flag}: expected --activation NAME with it, got none: add it or remove the flag")
 
 
@@ -205,7 +209,6 @@ def _check_layout(args: Namespace) -> None:
         (args.quick_geglu, f"--quick-geglu is a gated MLP, --activation {args.activation} is not: {gated}"),
         (args.squared_relu, "--squared-relu and --activation name two activations: remove one"),
         (args.spec is not None, "--spec and --activation both choose the layers: remove one"),
-        (args.use_transformer_engine_op_fuser, "--use-transformer-engine-op-fuser is not supported yet: remove it"),
         (
             args.use_megatron_fsdp,
             "--use-megatron-fsdp: its sharding of the scalars is untested, hence refused: remove it",
@@ -223,7 +226,8 @@ def _check_layout(args: Namespace) -> None:
             raise UserError(message)
     if why := experts.conflict(args) or graphs.conflict(args):
         raise UserError(why)
-    if args.recompute_activation_function and (why := recompute.conflict(args)):
+    fp8 = Fp8Options.of(args)
+    if why := (args.recompute_activation_function and recompute.conflict(args, fp8)) or fp8.conflict(args):
         raise UserError(why)
     ffn, tp = args.ffn_hidden_size, args.tensor_model_parallel_size
     if ffn is not None and ffn % tp:

@@ -9,6 +9,7 @@ import torch
 ALLOWED_SKIPS = (
     "no GPU",
     "no Transformer Engine",
+    "no NVIDIA DALI",
     "no network namespaces",
     "data that may not ship",
 )

@@ -4,90 +4,20 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from gpu_run_support import BLOCKED, ROOT, figures, make_tree, make_wheel, results, run
 
+from megatron_act import fp8_bytes
 from megatron_act.benchmark import readme
-from megatron_act.benchmark.cases import Case, parse_shape
 from megatron_act.errors import UserError
-
-ROOT = Path(__file__).parents[1]
-# Says yes to the question for a GPU, answers pytest and the benchmark itself, and is python for the rest.
-STAND_IN = """#!/usr/bin/env bash
-case "$*" in
-  *is_available*) exit 0 ;;
-  "-m pytest "*)
-    echo "pytest $*" >>"$LOG"
-    echo '{"test": "tests/test_a.py::test_x", "outcome": "passed", "why": ""}' >>"$GPU_OUTCOMES"
-    echo '{"test": "tests/test_a.py::test_y", "outcome": "'"${OUTCOME:-passed}"'", "why": "no GPU"}' >>"$GPU_OUTCOMES"
-    exit "${TEST_CODE:-0}" ;;
-  tools/benchmark_kernels.py*)
-    echo "benchmark $*" >>"$LOG"
-    [[ -n "${BROKEN_BENCHMARK:-}" ]] && exit 3
-    mkdir -p .gpu/benchmark && cp "$FIGURES" .gpu/benchmark/kernels.json && echo png >.gpu/benchmark/kernels.png ;;
-  *) PYTHONPATH="${BLOCKED:-}:${PYTHONPATH:-}" exec "$REAL_PYTHON" "$@" ;;
-esac
-"""
-BLOCKED = "import sys\nsys.modules.update(dict.fromkeys(['pytest_timeout', 'kiwisolver']))\n"
-
-
-def row(activation: str, shape: str, op: str, percent: float) -> dict:
-    times = {"median_us": 123.4, "p20_us": 120.0, "p80_us": 130.0, "method": "graph"}
-    case = Case(activation, parse_shape(shape), torch.bfloat16, (op,))
-    return {
-        "op": op, "activation": activation, "shape": shape, "dtype": "bfloat16",
-        "bytes_per_element": case.bytes_per_element(op), **times, "gb_per_s": 2800.0, "percent_of_copy": percent,
-        "others": {"torch.compile": {**times, "over_ours": 1.25}},
-    }  # fmt: skip
-
-
-def figures() -> dict:
-    rows = [row("xielu", "4096x21504", "forward", 91.0), row("xielu", "4096x21504", "backward", 88.0)]
-    rows += [row("xielu", "4096x10752", op, 55.5) for op in ("forward", "backward")]
-    rows += [row("xielu", "1x21504", "forward", 3.0), row("gelu", "4096x21504", "forward", 93.0)]
-    header = {"GPU": "Some GPU", "torch": "2.11.0", "copy": "3,000.0 GB/s", "compared with": "torch.compile"}
-    return {"header": header, "rows": rows, "mlp": [], "notes": []}
 
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A tree of its own, so that the results of this one are not touched."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python3").write_text(STAND_IN)
-    (tmp_path / "bin" / "python3").chmod(0o755)
-    (tmp_path / "figures.json").write_text(json.dumps(figures()))
-    tree = tmp_path / "tree"
-    (tree / "tests").mkdir(parents=True)
-    for name in ("megatron_act", "tools", "tests/gpu"):
-        (tree / name).symlink_to(ROOT / name)
-    (tree / "tests" / "gpu").unlink()
-    (tree / "tests" / "gpu").mkdir()
-    for path in (ROOT / "tests" / "gpu").iterdir():
-        if path.is_file():
-            (tree / "tests" / "gpu" / path.name).write_bytes(path.read_bytes())
-    for name in ("test_kernels_a.py", "test_kernels_compile.py"):
-        (tree / "tests" / name).touch()
-    return tree
-
-
-def run(tree: Path, *words: str, python: str = "stand-in", **env: str) -> subprocess.CompletedProcess[str]:
-    path = f"{tree.parent / 'bin'}:{os.environ['PATH']}" if python == "stand-in" else python
-    given = {
-        "REAL_PYTHON": sys.executable,
-        "LOG": str(tree.parent / "log"),
-        "FIGURES": str(tree.parent / "figures.json"),
-    }
-    whole = {**os.environ, **given, "PATH": path, **env}
-    whole.pop("WHEELS", None) if "WHEELS" not in env else None
-    command = ["bash", str(tree / "tests" / "gpu" / "run.sh"), *words]
-    return subprocess.run(command, env=whole, text=True, capture_output=True, timeout=120, check=False)
-
-
-def results(tree: Path) -> dict:
-    return json.loads((tree / "tests" / "gpu_results.json").read_text())
+    return make_tree(tmp_path)
 
 
 def test_help_needs_nothing(copy):
@@ -129,19 +59,6 @@ def test_missing_packages_are_named_before_anything_runs(copy):
     empty = run(copy, WHEELS=str(copy.parent / "wheels"), **blocked)
     assert empty.returncode == 2 and f"expected wheels of pytest-timeout in {copy.parent}" in empty.stderr
     assert not (copy.parent / "log").exists()
-
-
-def make_wheel(folder: Path, module: str) -> None:
-    info = f"{module}-9.9.dist-info"
-    with zipfile.ZipFile(folder / f"{module}-9.9-py3-none-any.whl", "w") as file:
-        file.writestr(f"{module}.py", "MINE = True\n")
-        file.writestr(
-            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {module}\nVersion: 9.9\nRequires-Dist: absent\n"
-        )
-        file.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        file.writestr(f"{info}/RECORD", "")
 
 
 def test_wheels_are_installed_beside_python_and_without_their_dependencies(copy):
@@ -278,8 +195,9 @@ def test_the_readme_shows_the_committed_results():
 
 
 def test_the_readme_section_follows_the_json(tmp_path):
-    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
-    assert readme.rendered(text, tmp_path) == f"a\n{readme.BEGIN}\n{readme.NO_RUN}\n{readme.END}\nb\n"
+    bytes_section = f"{readme.BYTES_BEGIN}\n{fp8_bytes.table()}\n{readme.BYTES_END}\n"
+    text = f"{bytes_section}a\n{readme.BEGIN}\nold\n{readme.END}\nb\n"
+    assert readme.rendered(text, tmp_path) == text.replace("old", readme.NO_RUN)
     (tmp_path / "tests").mkdir()
     shared = {"command": "bash tests/gpu/run.sh", "commit": "abc123", "date": "2026-01-02 03:04 UTC"}
     tests = {"passed": ["a", "b"], "failed": {}, "skipped": {"c": "no GPU"}}

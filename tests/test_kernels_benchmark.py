@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     """A real run, torch.compile included."""
     where = tmp_path_factory.mktemp("benchmark") / "deep" / "out"
     threads = torch.get_num_threads()
-    arguments = ["--output", str(where), "--activations", "crrelu", "swiglu", "--shapes", "96x64"]
+    arguments = ["--only", "kernels", "--output", str(where), "--activations", "crrelu", "swiglu", "--shapes", "96x64"]
     assert benchmark_kernels.main(arguments) == 0
     torch.set_num_threads(threads)
     return where
@@ -71,7 +71,7 @@ def test_the_four_files_agree(folder):
 def test_the_header_says_what_ran_where(folder):
     header = read(folder)["header"]
     assert {"torch", "triton", "Python", "commit", "command", "date", "copy", "compared with"} <= header.keys()
-    assert header["command"].startswith("python tools/benchmark_kernels.py --output")
+    assert header["command"].startswith("python tools/benchmark_kernels.py --only kernels")
     if DEVICE == "cpu":
         assert header["run"].startswith("CPU, no GPU")
     else:
@@ -86,6 +86,9 @@ def test_the_header_says_what_ran_where(folder):
         (["--shapes", "0x8"], "expected ROWSxCOLUMNS"),
         (["--minutes", "0"], "expected more than 0"),
         (["--minutes", "1e-9"], "give more"),
+        (["--only", "fp8"], "for FP8 expected more than 64 tokens"),
+        (["--only", "fp8", "--shapes", "200x8"], "for FP8 expected multiples of 128, got 200x8"),
+        (["--only", "fp8", "--activations", "xielu", "swiglu"], "expected no gate for FP8 rows, got swiglu"),
     ],
 )
 def test_bad_input(arguments, part, tmp_path, capsys):

@@ -113,6 +113,11 @@ class Case:
         """``4096x21504``."""
         return f"{self.shape.rows}x{self.cols}"
 
+    @property
+    def name(self) -> str:
+        """As notes name it."""
+        return f"{self.activation} {self.label}"
+
     def bytes_per_element(self, op: str) -> int:
         """What ``op`` must read and write for each element of the result, in bytes."""
         tensors = {"forward": (2, 3), "backward": (3, 5), "backward+value": (4, 6)}[op][self.gated]
@@ -129,7 +134,7 @@ def select(activations: Sequence[str] | None, shapes: Sequence[Shape], dtype: to
     Raises:
         UserError: an unknown name.
     """
-    names = [_known(name) for name in activations or (*FULL, *(n for n in kernels.names() if n not in FULL))]
+    names = [known(name) for name in activations or (*FULL, *(n for n in kernels.names() if n not in FULL))]
     return [
         Case(name, shape, dtype, _ops(name, shape))
         for name in dict.fromkeys(names)
@@ -137,7 +142,8 @@ def select(activations: Sequence[str] | None, shapes: Sequence[Shape], dtype: to
     ]
 
 
-def _known(name: str) -> str:
+def known(name: str) -> str:
+    """``name``, or UserError where neither the registry nor `GATED` has it."""
     if name not in GATED:
         try:
             kernels.get(name)

@@ -1,14 +1,17 @@
-"""Renders the README's GPU figures from ``tests/gpu_results.json``.
+"""Renders the README's GPU figures from ``tests/gpu_results.json``, and its table of bytes from ``fp8_bytes``.
 
-python -m megatron_act.benchmark.readme     (rewrites what is between the two markers of README.md)
+python -m megatron_act.benchmark.readme     (rewrites what is between the markers of README.md)
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_act import fp8_bytes
+from megatron_act.benchmark import fp8_report
 from megatron_act.benchmark.cases import FULL
 from megatron_act.benchmark.report import footnote, mlp_table, rows_table
 from megatron_act.benchmark.table import Row
@@ -17,6 +20,8 @@ from megatron_act.errors import UserError, run_cli
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- GPU figures: written by python -m megatron_act.benchmark.readme -->"
 END = "<!-- end of GPU figures -->"
+BYTES_BEGIN = "<!-- FP8 bytes: written by python -m megatron_act.benchmark.readme -->"
+BYTES_END = "<!-- end of FP8 bytes -->"
 COMMAND = "WHEELS=dir bash tests/gpu/run.sh"
 NO_RUN = (
     f"No GPU run is committed yet. On a machine with an NVIDIA GPU `{COMMAND}` makes one in 8 minutes: the\n"
@@ -34,6 +39,7 @@ def section(results: dict[str, Any] | None, picture: bool = False) -> str:
     parts = [_benchmark(results["benchmark"])] if "benchmark" in results else []
     if picture and parts:
         parts.append(f"![Share of a copy's bandwidth, every row]({PICTURE})")
+    parts += [_fp8(results[name], *tables) for name, tables in FP8_PARTS.items() if "figures" in results.get(name, {})]
     parts += [_tests(name, part) for name, part in results.items() if "tests" in part]
     return "\n\n".join(parts)
 
@@ -56,6 +62,23 @@ def _machine(part: dict[str, Any]) -> str:
         f"{part['date']}. Copy: {header['copy']}. Compared with {header['compared with']}; "
         f"not installed: {header.get('not installed', 'none')}. Device time, buffers larger than L2."
     )
+
+
+def _fp8(part: dict[str, Any], title: str, table: Callable[[list[Row]], str], note: Callable[[list[Row]], str]) -> str:
+    """The first shape of a part about FP8."""
+    header, rows = part["figures"]["header"], part["figures"]["rows"]
+    facts = ", ".join(f"{name} {header[name]}" for name in (*SHOWN_FACTS, "Transformer Engine") if name in header)
+    where = f"`{part['command']}` on {header.get('GPU', header.get('processor'))}, {facts}"
+    shown = [row for row in rows if row["shape"] == rows[0]["shape"]]
+    lines = [f"{title}: {where}, commit {part['commit']}, {part['date']}.", table(shown), note(shown)]
+    lines += [f"Not in the table: {left_out}." for left_out in part["figures"]["notes"]]
+    return "\n\n".join(lines)
+
+
+FP8_PARTS = {
+    "te-bandwidth": ("Activation and FP8", fp8_report.rows_table, fp8_report.rows_footnote),
+    "te-mlp": ("The MLP under FP8, forward and backward", fp8_report.mlp_table, fp8_report.mlp_footnote),
+}
 
 
 def _first_or_small(row: Row, rows: list[Row]) -> bool:
@@ -85,16 +108,29 @@ def _tests(name: str, part: dict[str, Any]) -> str:
 
 
 def rendered(readme: str, root: Path = ROOT) -> str:
-    """``readme`` with the section as ``root``'s JSON has it.
+    """``readme`` with the GPU figures as ``root``'s JSON has them.
 
     Raises:
         UserError: no markers, or a JSON that cannot be read.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise UserError(f"README.md: expected one line {BEGIN!r} and one {END!r}, got others; put them back")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{section(_results(root), (root / PICTURE).exists())}\n{END}{after}"
+    return _between(readme, BEGIN, END, section(_results(root), (root / PICTURE).exists()))
+
+
+def with_bytes(readme: str) -> str:
+    """``readme`` with the table of `fp8_bytes`.
+
+    Raises:
+        UserError: no markers.
+    """
+    return _between(readme, BYTES_BEGIN, BYTES_END, fp8_bytes.table())
+
+
+def _between(readme: str, begin: str, end: str, text: str) -> str:
+    if readme.count(begin) != 1 or readme.count(end) != 1:
+        raise UserError(f"README.md: expected one line {begin!r} and one {end!r}, got others; put them back")
+    before, rest = readme.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def _results(root: Path) -> dict[str, Any] | None:
@@ -109,7 +145,7 @@ def _results(root: Path) -> dict[str, Any] | None:
 
 def _write() -> None:
     path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    path.write_text(with_bytes(rendered(path.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,18 @@ def rounded(value: Any) -> Any:
 def write(result: Result, folder: Path) -> list[Path]:
     """Writes ``kernels.json``, ``.csv``, ``.md`` and ``.png``; returns their paths."""
     result = rounded(result)
-    contents = {
-        "json": (json.dumps(result, indent=1) + "\n").encode(),
-        "csv": csv_text(result["rows"]).encode(),
-        "md": page(result).encode(),
-        "png": picture(result),
-    }
+    more = {"csv": csv_text(result["rows"]).encode(), "png": picture(result)}
+    return save(STEM, result, page(result), folder, more)
+
+
+def save(stem: str, result: Result, text: str, folder: Path, more: Mapping[str, bytes] | None = None) -> list[Path]:
+    """``stem.json``, ``stem.md`` and ``more`` by suffix; returns their paths."""
+    data = (json.dumps(rounded(result), indent=1) + "\n").encode()
+    contents = {"json": data, "md": text.encode(), **(more or {})}
     folder.mkdir(parents=True, exist_ok=True)
     for suffix, content in contents.items():
-        (folder / f".{STEM}.{suffix}.part").write_bytes(content)
-    return [(folder / f".{STEM}.{suffix}.part").replace(folder / f"{STEM}.{suffix}") for suffix in contents]
+        (folder / f".{stem}.{suffix}.part").write_bytes(content)
+    return [(folder / f".{stem}.{suffix}.part").replace(folder / f"{stem}.{suffix}") for suffix in contents]
 
 
 def csv_text(rows: list[Row]) -> str:
@@ -95,16 +98,21 @@ def footnote(rows: list[Row]) -> str:
 
 
 def _cells(row: Row, others: list[str]) -> list[str]:
-    mark = "*" if row["method"] == EVENTS else ""
-    time_us = f"{row['median_us']:,.1f}{mark} ({row['p20_us']:,.1f} to {row['p80_us']:,.1f})"
     return [
-        row["activation"], row["op"], row["shape"], str(row["bytes_per_element"]), time_us,
+        row["activation"], row["op"], row["shape"], str(row["bytes_per_element"]), time_text(row),
         f"{row['gb_per_s']:,.1f}", f"{row['percent_of_copy']:.1f}",
-        *(_ratio(row["others"].get(name)) for name in others),
+        *(ratio(row["others"].get(name)) for name in others),
     ]  # fmt: skip
 
 
-def _ratio(other: dict[str, Any] | None) -> str:
+def time_text(row: Row) -> str:
+    """``123.4 (120.0 to 130.0)``, with a star where launches were timed one by one."""
+    mark = "*" if row["method"] == EVENTS else ""
+    return f"{row['median_us']:,.1f}{mark} ({row['p20_us']:,.1f} to {row['p80_us']:,.1f})"
+
+
+def ratio(other: dict[str, Any] | None) -> str:
+    """``1.25x``, starred as the time is; empty where nothing was measured."""
     if other is None:
         return ""
     return f"{other['over_ours']:.2f}x{'*' if other['method'] == 'events' else ''}"

@@ -29,6 +29,7 @@ class Table:
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)  # cases that were not reached in time
+    failed: list[str] = field(default_factory=list)  # cases of ours that raised, and how
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def run(
     with functorch_config.patch(donated_buffer=False):
         for case in progress(cases):
             if time.monotonic() > deadline:
-                table.left_out.append(f"{case.activation} {case.label}")
+                table.left_out.append(case.name)
                 continue
             table.rows += _case_rows(case, libraries, device, gb_per_s, table.notes)
     return table
@@ -114,7 +115,7 @@ def _case_rows(case: Case, libraries: Libraries, device: str, gb_per_s: float, n
         for name, function in everybody.items():
             own = name == OURS
             job = _own_work(op, case, function, inputs.raw) if own else work(op, function, inputs.raw)
-            with _noting(own, f"{name}, {case.activation} {op} {case.label}", notes):
+            with noting(own, f"{name}, {case.activation} {op} {case.label}", notes):
                 samplers[name] = sampler(job, inputs.buffers, device)
         if case.shape.decode:
             samplers[PLAIN] = sampler(work(op, torch.relu, []), inputs.buffers, device)
@@ -128,7 +129,7 @@ def _strangers(case: Case, everybody: dict[str, Function], inputs: Inputs, notes
         ours = everybody[OURS](x, *inputs.raw).float()
         for name, function in everybody.items():
             equal = name == OURS
-            with _noting(equal, f"{name}, {case.activation} {case.label}", notes):
+            with noting(equal, f"{name}, {case.name}", notes):
                 equal = equal or _agree(function(x, *inputs.raw).float(), ours, name, case, notes)
             found += [] if equal else [name]
     return found
@@ -137,19 +138,24 @@ def _strangers(case: Case, everybody: dict[str, Function], inputs: Inputs, notes
 def _agree(theirs: Tensor, ours: Tensor, name: str, case: Case, notes: list[str]) -> bool:
     error = ((theirs - ours).abs() / (1.0 + ours.abs())).max().item()
     if not error <= TOLERANCE:
-        notes.append(f"{name}, {case.activation} {case.label}: left out, its values differ by {error:.1e}")
+        notes.append(f"{name}, {case.name}: left out, its values differ by {error:.1e}")
     return error <= TOLERANCE
 
 
 @contextmanager
-def _noting(own: bool, what: str, notes: list[str]) -> Iterator[None]:
+def noting(own: bool, what: str, notes: list[str]) -> Iterator[None]:
     """A competitor's error becomes a note; ours is raised."""
     try:
         yield
     except Exception as error:
         if own:
             raise
-        notes.append(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:120]}")
+        notes.append(f"{what}: {explained(error)}")
+
+
+def explained(error: Exception) -> str:
+    """Type and beginning of the message, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def others_of(rows: Iterable[Row]) -> list[str]:

@@ -131,8 +131,11 @@ class Events:
         return self.start.elapsed_time(self.end) * 1e3
 
 
-def sampler(work: Work, buffers: Sequence[Buffer], device: str) -> Sampler:
-    """The best way to time ``work`` on ``device``; what fails outside the capture raises as it is."""
+def sampler(work: Work, buffers: Sequence[Buffer], device: str, capture: bool = True) -> Sampler:
+    """The best way to time ``work`` on ``device``; what fails outside the capture raises as it is.
+
+    capture: False for work that a graph would not repeat, such as the bookkeeping of FP8 scales.
+    """
     if device == "cpu":
         return Clock(work, buffers)
     outside = torch.cuda.current_stream()
@@ -142,6 +145,8 @@ def sampler(work: Work, buffers: Sequence[Buffer], device: str) -> Sampler:
         for turn in range(WARM_UP):
             work.launch(states[turn % len(states)])
     torch.cuda.synchronize()
+    if not capture:
+        return Events(work, states)
     try:
         return Replay(work, states)
     except torch.OutOfMemoryError:

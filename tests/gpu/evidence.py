@@ -5,6 +5,8 @@ python3 tests/gpu/evidence.py record kernels --exit-code 0 --seconds 90 --comman
 """
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 RESULTS = Path("tests/gpu_results.json")
 WORK = Path(".gpu")
 OUTCOMES = ("passed", "failed", "skipped")
+FIGURES = {"benchmark": "kernels.json", "te-bandwidth": "fp8.json", "te-mlp": "mlp.json"}  # in .gpu/PART; the rest test
 
 
 def load() -> dict[str, Any]:
@@ -46,27 +49,46 @@ def read_outcomes(path: Path) -> dict[str, Any]:
     return {"passed": list(found["passed"]), "failed": found["failed"], "skipped": found["skipped"]}
 
 
-def entry_of(part: str, command: str, exit_code: int, seconds: int) -> dict[str, Any]:
-    """What is recorded of a part; ``exit_code`` 124 is the time limit's.
+def left_by(part: str, exit_code: int) -> dict[str, Any]:
+    """The part's figures, or its tests' outcomes; {} where it wrote nothing.
 
-    Raises:
-        FileNotFoundError: a benchmark that wrote nothing.
+    A part of Transformer Engine that ended before its first test is one failure, with the last line of its log.
     """
-    from megatron_act.benchmark.header import facts
+    if part in FIGURES:
+        path = WORK / part / FIGURES[part]
+        found = {"figures": json.loads(path.read_text(encoding="utf-8"))} if path.exists() else {}
+    else:
+        found = {"tests": read_outcomes(WORK / f"{part}.jsonl")}
+    if part.startswith("te-") and exit_code and not any(found.get("tests", found).values()):
+        return {"tests": {"passed": [], "failed": {part: _last_line(WORK / f"{part}.log")}, "skipped": {}}}
+    return found
 
-    shared = {"command": command, **facts(), "seconds": seconds, "exit_code": exit_code}
-    if part != "benchmark":
-        return {**shared, "tests": read_outcomes(WORK / f"{part}.jsonl")}
-    return {**shared, "figures": json.loads((WORK / "benchmark" / "kernels.json").read_text(encoding="utf-8"))}
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+    return next((line[:200] for line in reversed(lines) if line.strip()), "")
+
+
+def _engine(part: str) -> dict[str, str]:
+    """Transformer Engine's version, where the part is about it."""
+    if part.startswith("te-") and importlib.util.find_spec("transformer_engine"):
+        return {"Transformer Engine": importlib.metadata.version("transformer-engine")}
+    return {}
 
 
 def record(args: argparse.Namespace) -> int:
-    """A benchmark that wrote nothing leaves the figures of an earlier one, which have their own date."""
-    try:
-        entry = entry_of(args.part, args.command, args.exit_code, args.seconds)
-    except FileNotFoundError:
+    """A benchmark that wrote nothing leaves the figures of an earlier one, which have their own date.
+
+    Exit code 124 is the time limit's.
+    """
+    from megatron_act.benchmark.header import facts
+
+    results, found = load(), left_by(args.part, args.exit_code)
+    if not found or (args.part in FIGURES and "figures" not in found and "figures" in results.get(args.part, {})):
         return 0
-    text = json.dumps(merge(load(), args.part, entry), indent=1) + "\n"
+    ended = {"seconds": args.seconds, "exit_code": args.exit_code}
+    entry = {"command": args.command, **facts(), **_engine(args.part), **ended, **found}
+    text = json.dumps(merge(results, args.part, entry), indent=1) + "\n"
     new = RESULTS.with_suffix(".json.part")
     new.write_text(text, encoding="utf-8")
     new.replace(RESULTS)

@@ -1,7 +1,8 @@
 """What run.sh's parts import beside torch and Triton, and where it comes from when it is missing: a folder of wheels.
 
 python3 tests/gpu/wheels.py --into .gpu/site kernels benchmark     (the folder is $WHEELS)
-python3 tests/gpu/wheels.py --list                                 (every name, for pip download)
+python3 tests/gpu/wheels.py --list [PART...]                       (the names, for pip download)
+python3 tests/gpu/wheels.py --split WHEEL, --join                  (a wheel in parts: archives.py)
 """
 
 import argparse
@@ -11,6 +12,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import archives
 
 # Package by the module that is imported. Installed without their dependencies, which are named too.
 PYTEST = {
@@ -26,9 +29,32 @@ MEGATRON = {
     "megatron.core": "megatron-core", "numpy": "numpy", "einops": "einops", "psutil": "psutil", "yaml": "pyyaml",
     "tqdm": "tqdm", "packaging": "packaging", "typing_extensions": "typing-extensions",
 }  # fmt: skip
-# A part of run.sh: what it imports. Transformer Engine would be one more entry.
-NEEDS = {"kernels": {**PYTEST, **BENCHMARK}, "training": {**PYTEST, **MEGATRON}, "benchmark": BENCHMARK}
-VERSIONS = {"megatron-core": "==0.19.2"}  # setup.py's; 0.20 may move what we hook into
+# What Transformer Engine imports; its own packages are te_engine.py's.
+ENGINE = {
+    "pydantic": "pydantic", "pydantic_core": "pydantic-core", "annotated_types": "annotated-types",
+    "typing_inspection": "typing-inspection", "typing_extensions": "typing-extensions", "onnx": "onnx",
+    "onnxscript": "onnxscript", "onnx_ir": "onnx-ir", "ml_dtypes": "ml-dtypes", "google.protobuf": "protobuf",
+    "nvdlfw_inspect": "nvdlfw-inspect", "einops": "einops", "packaging": "packaging", "yaml": "pyyaml",
+}  # fmt: skip
+# A part of run.sh: what it imports; te-build: what the source of Transformer Engine's torch part is built with.
+NEEDS = {
+    "kernels": {**PYTEST, **BENCHMARK},
+    "training": {**PYTEST, **MEGATRON},
+    "benchmark": BENCHMARK,
+    "te-values": {**PYTEST, **BENCHMARK},
+    "te-bandwidth": {**BENCHMARK, **ENGINE},
+    "te-bits": {**PYTEST, **MEGATRON, **ENGINE},
+    "te-mlp": {**MEGATRON, **BENCHMARK, **ENGINE},
+    "te-build": {"setuptools": "setuptools", "wheel": "wheel", "ninja": "ninja", "packaging": "packaging"},
+}
+ENGINE_VERSION = "2.20.2"  # where the protocol of its quantizers was read
+ENGINE_CORES = {"12": "transformer-engine-cu12", "13": "transformer-engine-cu13"}  # by the major of torch's CUDA
+VERSIONS = {
+    "megatron-core": "==0.19.2",  # setup.py's; 0.20 may move what we hook into
+    "pydantic": "==2.14.4",  # takes one version of its core
+    "pydantic-core": "==2.50.5",
+    **dict.fromkeys(["transformer-engine", *ENGINE_CORES.values()], f"=={ENGINE_VERSION}"),
+}
 BUILD = {"setuptools": "setuptools", "pybind11": "pybind11", "packaging": "packaging"}  # a source package's needs
 
 
@@ -48,10 +74,15 @@ def missing(parts: list[str]) -> list[str]:
 
 def in_folder(folder: Path, package: str) -> list[Path]:
     """Its wheels in the folder, else its source packages."""
+    files = files_of(folder, package)
+    return [path for path in files if path.suffix == ".whl"] or files
+
+
+def files_of(folder: Path, package: str) -> list[Path]:
+    """Its wheels and source packages in the folder."""
     name = re.sub("[-_.]+", "[-_.]+", package)
     files = [path for path in sorted(folder.iterdir()) if re.match(rf"{name}-\d", path.name, re.IGNORECASE)]
-    wheels = [path for path in files if path.suffix == ".whl"]
-    return wheels or [path for path in files if path.name.endswith((".tar.gz", ".zip"))]
+    return [path for path in files if path.name.endswith((".whl", ".tar.gz", ".zip"))]
 
 
 def plan(parts: list[str], folder: Path | None) -> list[str]:
@@ -63,15 +94,42 @@ def plan(parts: list[str], folder: Path | None) -> list[str]:
     packages = missing(parts)
     if not packages:
         return []
-    if folder is None:
-        raise LookupError(f"expected {', '.join(packages)} in python3, got none: set WHEELS to a folder with wheels")
-    if not folder.is_dir():
-        raise LookupError(f"WHEELS: expected a folder, got {folder}: make it as --help says")
+    folder = checked(folder, packages)
     if any(is_source(in_folder(folder, package)) for package in packages):
         packages += [package for module, package in BUILD.items() if package not in packages and not is_there(module)]
     if absent := [package for package in packages if not in_folder(folder, package)]:
         raise LookupError(f"WHEELS: expected wheels of {', '.join(absent)} in {folder}, got none: add them")
     return packages
+
+
+def given_folder() -> Path | None:
+    """$WHEELS, None where it is not set."""
+    return Path(os.environ["WHEELS"]) if os.environ.get("WHEELS") else None
+
+
+def checked(folder: Path | None, wanted: list[str]) -> Path:
+    """``folder``, from which ``wanted`` will be taken.
+
+    Raises:
+        LookupError: it is none.
+    """
+    if folder is None:
+        raise LookupError(f"expected {', '.join(wanted)} in python3, got none: set WHEELS to a folder with wheels")
+    if not folder.is_dir():
+        raise LookupError(f"WHEELS: expected a folder, got {folder}: make it as --help says")
+    return folder
+
+
+def provide(parts: list[str], folder: Path | None, into: Path) -> None:
+    """Installs into ``into`` what the parts import and python3 lacks.
+
+    Raises:
+        LookupError: with the one line that a person needs.
+    """
+    packages = plan(parts, folder)
+    into.mkdir(parents=True, exist_ok=True)
+    if packages and folder:
+        install(packages, folder, into)
 
 
 def is_source(files: list[Path]) -> bool:
@@ -106,25 +164,51 @@ def pip(packages: list[str], folder: Path, into: Path) -> None:
         raise LookupError(f"WHEELS: pip cannot install {', '.join(packages)}: {why}")
 
 
-def main() -> int:
-    """Entry point; 2 with one line on standard error where something is missing."""
+def names(parts: list[str], cuda: str) -> list[str]:
+    """Everything that the parts may need, in the versions that must be; Transformer Engine's torch part is no wheel."""
+    found = {package for part in parts for package in NEEDS[part].values()}
+    if any(NEEDS[part].keys() >= ENGINE.keys() for part in parts):
+        found |= {"transformer-engine", ENGINE_CORES[cuda]}
+    return [name + VERSIONS.get(name, "") for name in sorted(found)]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line's."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(NEEDS)}")
     parse.add_argument("--into", type=Path, default=Path(".gpu/site"), metavar="DIR", help="default: .gpu/site")
     parse.add_argument("--list", action="store_true", help="print the names of all packages and end")
-    args = parse.parse_args()
+    parse.add_argument("--cuda", choices=ENGINE_CORES, default="13", help="torch's CUDA, for --list (default: 13)")
+    parse.add_argument("--split", type=Path, metavar="WHEEL", help="write its parts beside it")
+    parse.add_argument("--part-mib", type=int, default=archives.PART_MIB, metavar="N", help="of --split (default: 48)")
+    parse.add_argument("--join", action="store_true", help="keep the parts in $WHEELS, join them when all are there")
+    return parse.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
+    """One of the four commands.
+
+    Raises:
+        LookupError: with the one line that a person needs.
+    """
     if args.list:
-        names = sorted({package for needs in NEEDS.values() for package in needs.values()})
-        print(*(name + VERSIONS.get(name, "") for name in names))
-        return 0
+        print(*names(args.parts or list(NEEDS), args.cuda))
+    elif args.split:
+        print(*archives.split(args.split, args.part_mib << 20), sep="\n")
+    elif args.join:
+        for path in archives.join_all(checked(given_folder(), ["parts of wheels"]), archives.CACHE):
+            print(path)
+    else:
+        provide(args.parts, given_folder(), args.into)
+
+
+def main() -> int:
+    """Entry point; 2 with one line on standard error where something is missing."""
+    args = arguments()
     args.into = args.into.resolve()  # pip builds elsewhere
     sys.path.insert(0, str(args.into))  # what an earlier run has put there
-    folder = Path(os.environ["WHEELS"]) if os.environ.get("WHEELS") else None
     try:
-        packages = plan(args.parts, folder)
-        args.into.mkdir(parents=True, exist_ok=True)
-        if packages and folder:
-            install(packages, folder, args.into)
+        run(args)
     except LookupError as error:
         print(f"tests/gpu/run.sh: {error}", file=sys.stderr)
         return 2

@@ -55,6 +55,19 @@ def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
 
 
+def training(forked: ForkedRuns, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Training runs by a server of forked ranks."""
+
+    def run(*flags: str, ranks: int = 1, folder: Path | None = None, prepare: Any = None) -> Run:
+        folder = folder or tmp_path_factory.mktemp("run")
+        log = folder / "log.txt"
+        log.unlink(missing_ok=True)
+        codes = forked.run(command_line(folder, data_flags, flags), ranks, log, prepare)
+        return Run(folder, next((code for code in codes if code), 0), log.read_text(), records(folder))
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRuns]:
     with forked_runs(tmp_path_factory.mktemp("forked") / "log.txt") as runs:
@@ -68,14 +81,14 @@ def forked_train(forked: ForkedRuns, data_flags: list[str], tmp_path_factory: py
     In a ``folder`` of an earlier run it is that run's command again. ``code`` is the first failed rank's.
     """
 
-    def run(*flags: str, ranks: int = 1, folder: Path | None = None, prepare: Any = None) -> Run:
-        folder = folder or tmp_path_factory.mktemp("run")
-        log = folder / "log.txt"
-        log.unlink(missing_ok=True)
-        codes = forked.run(command_line(folder, data_flags, flags), ranks, log, prepare)
-        return Run(folder, next((code for code in codes if code), 0), log.read_text(), records(folder))
+    return training(forked, data_flags, tmp_path_factory)
 
-    return run
+
+@pytest.fixture(scope="module")
+def engine_train(data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """``forked_train`` with Transformer Engine's layers: its own Python, torch in place of its kernels."""
+    with forked_runs(tmp_path_factory.mktemp("engine") / "log.txt", engine=True) as runs:
+        yield training(runs, data_flags, tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

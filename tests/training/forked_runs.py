@@ -19,13 +19,14 @@ class ForkedRuns:
 
     Args:
         log: file for what the server itself prints.
+        engine: with Transformer Engine's layers on the CPU (``te_cpu``).
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, engine: bool = False) -> None:
         self.log = log
         with log.open("w") as output:
             self.server: Any = subprocess.Popen(
-                [sys.executable, str(WORKER)],
+                [sys.executable, str(WORKER), *(["engine"] if engine else [])],
                 env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -55,9 +56,9 @@ class ForkedRuns:
 
 
 @contextlib.contextmanager
-def forked_runs(log: Path) -> Iterator[ForkedRuns]:
+def forked_runs(log: Path, engine: bool = False) -> Iterator[ForkedRuns]:
     """A server for the duration of a context."""
-    runs = ForkedRuns(log)
+    runs = ForkedRuns(log, engine)
     try:
         yield runs
     finally:

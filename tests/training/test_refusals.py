@@ -38,7 +38,31 @@ EARLY = {
         [*MOE, "--tensor-model-parallel-size", "2", "--moe-token-dispatcher-type", "alltoall"],
         ["gloo", "allgather"],
     ),
-    "op fuser": ([*XIELU, "--use-transformer-engine-op-fuser"], ["--use-transformer-engine-op-fuser", "remove it"]),
+    "op fuser": (
+        [*XIELU, "--use-transformer-engine-op-fuser"],
+        ["--use-transformer-engine-op-fuser", "--transformer-impl transformer_engine", "local"],
+    ),
+    "FP8 in local layers": (
+        [*XIELU, "--bf16", "--fp8-format", "hybrid"],
+        ["--fp8-format", "--transformer-impl transformer_engine", "local"],
+    ),
+    "FP8 without Transformer Engine": (
+        [*XIELU, "--bf16", "--fp8-format", "hybrid", "--transformer-impl", "transformer_engine"],
+        ["--fp8-format", "expected Transformer Engine, got none", "pip install"],
+    ),
+    "FP8 output without FP8": ([*XIELU, "--activation-fp8-output"], ["--activation-fp8-output", "--fp8-format"]),
+    "FP8 flag without activation": (
+        ["--cpu", *MODEL_FLAGS, "--train-iters", "1", "--mock-data", "--activation-fp8-input-store"],
+        ["--activation-fp8-input-store", "--activation NAME"],
+    ),
+    "FP8 store and recompute": (
+        [*XIELU, "--activation-fp8-input-store", "--recompute-activation-function"],
+        ["--recompute-activation-function", "--activation-fp8-input-store"],
+    ),
+    "FP8 store of experts": (
+        [*MOE, "--activation-fp8-input-store"],
+        ["--activation-fp8-input-store", "--num-experts"],
+    ),
     "graphs of whole layers": ([*XIELU, "--cuda-graph-impl", "local"], ["--cuda-graph-impl local", "attn"]),
     "graphs of the MLP": (
         [*XIELU, "--cuda-graph-impl", "transformer_engine", "--cuda-graph-modules", "attn", "mlp"],

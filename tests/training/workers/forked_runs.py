@@ -5,7 +5,8 @@ run the entry point's ``main`` like processes that torchrun has started. When on
 
     {"words": ["--cpu", ...], "ranks": 2, "log": "...", "prepare": ["module", {...}]}  ->  {"codes": [0, 0]}
 
-``prepare`` names a module of this folder whose ``prepare(**arguments)`` each rank calls before it starts.
+``prepare`` names a module of this folder whose ``prepare(**arguments)`` each rank calls before it starts. With the word
+``engine`` on the command line Transformer Engine's Python is there too (``te_cpu``).
 """
 
 import importlib
@@ -26,7 +27,11 @@ GRACE_S = 3.0  # for the other ranks, once one has failed: gloo tells them
 
 def import_all() -> None:
     """In this process only: Megatron's checkpoint writer starts processes that import this module again."""
-    sys.path[:0] = [str(HERE), str(HERE.parents[2])]
+    sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
+    if "engine" in sys.argv[1:]:
+        from te_cpu import loader
+
+        loader.install()
     from megatron_act import cpu_backend
 
     cpu_backend.install()

@@ -1,0 +1,103 @@
+"""Whole FP8 runs: the entry point, Megatron, Transformer Engine's Python, and torch in place of its kernels (te_cpu).
+
+With the activation's FP8 result and gradient a run has the losses of the same run without, bit for bit; and FP8 ends
+where bf16 ends, within the scatter of seeds, unless the scaling is broken.
+"""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from training_support import Train
+
+WIDE = ["--hidden-size", "64", "--ffn-hidden-size", "192", "--bf16", "--transformer-impl", "transformer_engine"]
+WIDE += ["--activation", "xielu"]
+OUTPUT = ["--activation-fp8-output"]
+BOTH = [*OUTPUT, "--activation-fp8-grad"]
+RECIPES = {"delayed": BOTH, "tensorwise": OUTPUT, "blockwise": BOTH}
+
+
+def fp8(recipe: str) -> list[str]:
+    return ["--fp8-format", "e4m3" if recipe == "blockwise" else "hybrid", "--fp8-recipe", recipe]
+
+
+LAYOUTS = {
+    "one rank": (1, []),
+    "first and last layer bf16": (1, ["--first-last-layers-bf16"]),
+    "full recompute": (
+        1,
+        ["--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"],
+    ),
+    "TP 2, sequence parallel": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+}
+CASES = [
+    *(("one rank", recipe) for recipe in RECIPES),
+    ("first and last layer bf16", "tensorwise"),
+    *(("full recompute", recipe) for recipe in ("delayed", "blockwise")),
+    ("TP 2, sequence parallel", "delayed"),
+]
+
+
+@pytest.mark.parametrize(("layout", "recipe"), CASES)
+def test_losses_are_bit_for_bit_those_of_a_bf16_activation(engine_train: Train, layout: str, recipe: str) -> None:
+    ranks, flags = LAYOUTS[layout]
+    words = [*WIDE, *fp8(recipe), *flags, "--train-iters", "4"]
+    runs = [engine_train(*words, *more, ranks=ranks) for more in ([], RECIPES[recipe])]
+    for run in runs:
+        assert run.code == 0, run.log[-3000:]
+    assert len(runs[0].losses) == 4 and runs[0].losses == runs[1].losses
+    assert [step["grad_norm"] for step in runs[0].steps] == [step["grad_norm"] for step in runs[1].steps]
+    assert "stays bf16" not in runs[1].log
+
+
+def test_the_op_fuser_trains(engine_train: Train) -> None:
+    """Its losses are those of the unfused layers to bf16's accuracy, and its scalars move."""
+    words = [*WIDE, *fp8("tensorwise"), "--train-iters", "4"]
+    unfused, fused = (engine_train(*words, *more) for more in ([], ["--use-transformer-engine-op-fuser"]))
+    assert unfused.code == fused.code == 0, fused.log[-3000:]
+    assert fused.losses == pytest.approx(unfused.losses, rel=2e-3)
+
+
+STEPS, LAST = 200, 50
+SEEDS = (1, 2, 3)
+PARITY = [*WIDE, "--num-layers", "2", "--lr", "3e-3", "--min-lr", "3e-3", "--train-iters", str(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def finals(engine_train: Train) -> Callable[..., list[float]]:
+    """Mean loss of the last steps, by seed, of a run with the given flags."""
+
+    def run(*flags: str, seeds: tuple[int, ...] = SEEDS, prepare: Any = None) -> list[float]:
+        found = []
+        for seed in seeds:
+            done = engine_train(*PARITY, *flags, "--seed", str(seed), prepare=prepare)
+            assert done.code == 0 and len(done.losses) == STEPS, done.log[-3000:]
+            found.append(statistics.mean(done.losses[-LAST:]))
+        return found
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bf16(finals: Callable[..., list[float]]) -> list[float]:
+    return finals()
+
+
+def test_fp8_ends_where_bf16_ends(finals: Callable[..., list[float]], bf16: list[float]) -> None:
+    """Delayed scaling, e5m2 gradients, FP8 result, gradient and kept pre-activation: within two sigma of the seeds."""
+    found = finals(*fp8("delayed"), *BOTH, "--activation-fp8-input-store")
+    sigma = statistics.stdev(bf16)
+    difference = statistics.mean(found) - statistics.mean(bf16)
+    print(f"bf16 {bf16} FP8 {found} sigma {sigma:.4f} difference {difference:+.4f}")
+    assert abs(difference) <= 2 * sigma
+
+
+@pytest.mark.parametrize("factor", [2.0**-18, 2.0**8], ids=["vanishing", "saturating"])
+def test_broken_scaling_does_not(finals: Callable[..., list[float]], bf16: list[float], factor: float) -> None:
+    """The same comparison fails where the activation is scaled wrongly, else it would prove nothing."""
+    prepare = ["broken_scaling", {"factor": factor}]
+    found = finals(*fp8("delayed"), *BOTH, seeds=SEEDS[:1], prepare=prepare)
+    sigma = statistics.stdev(bf16)
+    print(f"factor {factor}: {found} against {bf16}, sigma {sigma:.4f}")
+    assert found[0] - statistics.mean(bf16) > 2 * sigma
