@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_act.errors import UserError
 
 VERSION = (2, 20)  # whose sources `fp8_output` and `te_op` were written from
 FP8_FLAG, FUSER_FLAG = "--fp8-format", "--use-transformer-engine-op-fuser"
+UNPICKLE = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 INSTALL = "pip install transformer-engine[core_cu13,pytorch]==2.20.2"
 
 # --fp8-recipe: (first compute capability, first that has it no more or None). Source: quantization.py, utils.py.
@@ -116,6 +118,17 @@ def conflict(args: Any) -> str | None:
     if args.use_transformer_engine_op_fuser and (why := version_problem()):
         return f"{FUSER_FLAG}: {why}: remove the flag or install that version"
     return fp8_problem(args.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda) if args.fp8 else None
+
+
+def notice(args: Any) -> str | None:
+    """What a run should know at its start about what it will save, or None.
+
+    Transformer Engine 2.20 pickles delayed scaling's scales and histories into the checkpoint and unpickles them only
+    where this environment variable says that checkpoints are trusted (pytorch/_extra_state.py).
+    """
+    if args.fp8 and args.fp8_recipe == "delayed" and args.save and os.environ.get(UNPICKLE) != "1":
+        return f"checkpoints of --fp8-recipe delayed hold pickled scales: to resume from yours, set {UNPICKLE}=1"
+    return None
 
 
 def check_before_megatron(cpu: bool) -> None:

@@ -132,6 +132,8 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
         sys.argv, args = [sys.argv[0], *words], parser.parse_args(words)
         print_rank_0(f"> megatron-act: from the checkpoint's arguments: {' '.join(restored)}")
     check_arguments(args)
+    if note := te.notice(args):
+        print_rank_0(f"> megatron-act: {note}")
     if not torch.cuda.is_available() and "--cpu" not in words:
         raise UserError("expected a CUDA device, got none: add --cpu to train on the CPU (development and tests)")
     if "--cpu" in words and os.environ.get("RANK", "0") == "0":

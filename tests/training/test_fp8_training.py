@@ -6,10 +6,13 @@ where bf16 ends, within the scatter of seeds, unless the scaling is broken.
 
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from training_support import Train
+from training_support import Train, continuing
+
+from megatron_act import te
 
 WIDE = ["--hidden-size", "64", "--ffn-hidden-size", "192", "--bf16", "--transformer-impl", "transformer_engine"]
 WIDE += ["--activation", "xielu"]
@@ -57,6 +60,28 @@ def test_the_op_fuser_trains(engine_train: Train) -> None:
     unfused, fused = (engine_train(*words, *more) for more in ([], ["--use-transformer-engine-op-fuser"]))
     assert unfused.code == fused.code == 0, fused.log[-3000:]
     assert fused.losses == pytest.approx(unfused.losses, rel=2e-3)
+
+
+TRUSTED = ["environment_of", {"NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE": "1"}]
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_a_resumed_run_goes_on_with_its_scales(engine_train: Train, recipe: str, tmp_path: Path) -> None:
+    """Losses of the uninterrupted run, though fc2 has no quantizer in the resumed run's first call.
+
+    Transformer Engine pickles delayed scaling's state and loads it only with its variable set: said at the start.
+    """
+    words = [*WIDE, *fp8(recipe), *RECIPES[recipe], "--train-iters", "4", "--save-interval", "2"]
+    whole = engine_train(*words)
+    assert whole.code == 0, whole.log[-3000:]
+    assert (te.UNPICKLE in whole.log) == (recipe == "delayed")
+    again = [*words, *continuing(whole, 2, tmp_path)]
+    if recipe == "delayed":
+        refused = engine_train(*again)
+        assert refused.code != 0 and te.UNPICKLE in refused.log and not refused.steps
+    resumed = engine_train(*again, prepare=TRUSTED)
+    assert resumed.code == 0, resumed.log[-3000:]
+    assert resumed.losses == whole.losses[2:]
 
 
 STEPS, LAST = 200, 50

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def prepare(factor: float) -> None:
-    """Results of one scale per tensor saturate (factor > 1) or vanish (factor < 1); their inverse scale is consistent."""
+    """Results with one scale saturate (factor > 1) or vanish (factor < 1); their inverse scale fits the factor."""
     from megatron_act.kernels import fp8_ops
 
     original = fp8_ops.forward
