@@ -19,7 +19,7 @@ from megatron_act.errors import UserError
 
 GATED = ("swiglu", "geglu")
 NORMALIZATIONS = {"RMSNorm": 1, "LayerNorm": 2}  # vectors per norm: LayerNorm has a bias
-TRAINING_PASSES = 3  # forward, input gradients, weight gradients
+BACKWARD_PASSES = 2  # matmuls of a backward pass per one of the forward's: gradients of the input and of the weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +145,7 @@ class Flops:
 
     def training(self, *, causal: bool = True) -> int:
         """FLOPs per token of a forward and a backward pass without recomputation: three times the forward's."""
-        return TRAINING_PASSES * self.forward(causal=causal)
+        return (1 + BACKWARD_PASSES) * self.forward(causal=causal)
 
 
 def parameters(shape: Shape) -> Parameters:

@@ -138,7 +138,7 @@ def _cells(label: str, recipe: str, transposed: bool) -> list[str]:
     for op in OPS:
         cells += [_number(moved(recipe, way, op, transposed=transposed)) for way in WAYS]
         cells.append(f"{float(ratio(recipe, op, transposed)):.2f}x")
-    ways = ({}, {"handed_over": True}, {"handed_over": True, "stored": True})
+    ways: tuple[dict[str, bool], ...] = ({}, {"handed_over": True}, {"handed_over": True, "stored": True})
     return cells + [_number(kept(recipe, transposed=transposed, **way)) for way in ways]
 
 

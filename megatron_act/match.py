@@ -8,18 +8,26 @@ activation, so equal MLP weights mean equal matmul parameters and equal FLOPs at
 Hardware wants multiples: every tensor-parallel rank holds F / T columns, and its matmuls want ``align`` to divide them
 (16 for FP8, 32 for MXFP8, 128 for speed). Where the exact F is no multiple of T * align the nearest one is taken, the
 smaller of two equally near ones, and what remains is reported.
+
+Layers L or hidden size h can be solved for instead. Neither keeps parameters and FLOPs equal at once (the attention
+square has no parameters, embeddings depend on h), so FLOPs are matched and the residual in parameters is reported.
 """
 
+import bisect
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from megatron_act.budget import GATED, Flops, Parameters, Shape, flops, parameters
+from megatron_act.budget import BACKWARD_PASSES, GATED, Flops, Parameters, Shape, flops, parameters
 from megatron_act.errors import UserError
 from megatron_act.memory import activation_bytes
+
+HEAD_STEP = 8  # a solved hidden size gives heads of a multiple of this: what fused attention takes
+FREE = ("ffn_hidden_size", "num_layers", "hidden_size")
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,8 @@ class Match:
 
     @property
     def exact(self) -> bool:
-        """Whether matmul parameters, and so FLOPs, are equal."""
-        return self.parameters.matmul == self.baseline_parameters.matmul
+        """Whether matmul parameters and FLOPs are equal."""
+        return not (self.residual_parameters_percent or self.residual_flops_percent)
 
     @property
     def parameters(self) -> Parameters:
@@ -82,39 +90,92 @@ class Match:
 
 
 def solve(
-    baseline: Shape, activation: str, scalars: Mapping[str, int], *, tensor_parallel: int = 1, align: int = 1
+    baseline: Shape,
+    activation: str,
+    scalars: Mapping[str, int],
+    *,
+    tensor_parallel: int = 1,
+    pipeline_parallel: int = 1,
+    align: int = 1,
+    free: str = "ffn_hidden_size",
+    fixed: Mapping[str, int] | None = None,
 ) -> Match:
-    """Finds the MLP width at which ``activation`` costs what the baseline costs.
+    """Finds the size at which a model with ``activation`` costs what the baseline costs.
 
     Args:
         baseline: the model to match.
         activation: a gated one of `budget.GATED` or a key of ``scalars``.
         scalars: trainable scalars per layer of every known activation without a gate.
         tensor_parallel: T; the width is a multiple of T * align.
-        align: what must divide the width held by one tensor-parallel rank.
+        pipeline_parallel: the layers are a multiple of it.
+        align: what must divide the width held by one tensor-parallel rank, and the hidden size.
+        free: what is solved for, one of `FREE`.
+        fixed: other sizes in which the matched model differs from the baseline.
 
     Returns:
-        The match with the smallest residual; exact whenever the exact width satisfies the alignment.
+        The match with the smallest residual in FLOPs, the smaller of two equally good ones; exact where an aligned
+        size is.
 
     Raises:
-        UserError: an unknown activation, or a baseline that T cannot shard.
+        UserError: an unknown activation or size, or one that the layout cannot hold.
     """
     check_activation(activation, scalars)
     check_tensor_parallel(baseline, tensor_parallel)
     if align < 1:
         raise UserError(f"--align: expected an integer of at least 1, got {align}")
-    free = dataclasses.replace(baseline, activation=activation, activation_scalars=scalars.get(activation, 0))
-    width = Fraction(baseline.ffn_hidden_size * baseline.mlp_matrices, free.mlp_matrices)
-    multiple = tensor_parallel * align
-    target = dataclasses.replace(free, ffn_hidden_size=_nearest_multiple(width, multiple))
-    return Match(baseline, target, multiple)
+    differences: dict[str, Any] = {"activation_scalars": scalars.get(activation, 0), **(fixed or {})}
+    changed = dataclasses.replace(baseline, activation=activation, **differences)
+    steps = _steps(changed, tensor_parallel, pipeline_parallel, align)
+    if free not in steps:
+        raise UserError(f"free: expected one of {', '.join(steps)}, got {free!r}")
+    width, multiple = changed.ffn_hidden_size, steps["ffn_hidden_size"]
+    if free != "ffn_hidden_size" and width % multiple:
+        raise UserError(
+            f"--target-ffn-hidden-size: expected a multiple of {multiple} (tensor parallel x align), got {width}"
+        )
+    return Match(baseline, _solved(changed, free, steps[free], flops(baseline).training()), multiple)
+
+
+def _steps(shape: Shape, tensor_parallel: int, pipeline_parallel: int, align: int) -> dict[str, int]:
+    """What can be solved for, and what it must be a multiple of."""
+    heads = shape.num_attention_heads * HEAD_STEP if shape.kv_channels is None else 1
+    return {
+        "ffn_hidden_size": tensor_parallel * align,
+        "num_layers": pipeline_parallel,
+        "hidden_size": math.lcm(heads, align),
+    }
+
+
+def _solved(shape: Shape, free: str, step: int, wanted: int) -> Shape:
+    """The shape whose size ``free``, a multiple of ``step``, brings it nearest to ``wanted`` FLOPs per token."""
+
+    def sized(steps: int) -> Shape:
+        size: dict[str, Any] = {free: steps * step}
+        return dataclasses.replace(shape, **size)
+
+    def cost(steps: int) -> int:
+        return flops(sized(steps)).training()
+
+    bound = 1
+    while cost(bound) < wanted:
+        bound *= 2
+    above = 1 + bisect.bisect_left(range(1, bound), wanted, key=cost)  # the first that costs at least as much
+    below = max(above - 1, 1)
+    return sized(below if wanted - cost(below) <= cost(above) - wanted else above)
 
 
 def describe(shape: Shape) -> dict[str, Any]:
-    """The figures of one model as plain JSON values: parameters, FLOPs per token and bytes per token and layer."""
+    """The figures of one model as plain JSON values: parameters, FLOPs per token and bytes per token and layer.
+
+    Recompute and the FP8 pre-activation are None with a gate: they are flags that go with ``--activation``.
+    """
     counts, cost = parameters(shape), flops(shape)
+    forward = _forward_parts(cost)
+    recompute, fp8_input = _kept_with_flags(shape)
     return {
         "activation": shape.activation,
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
         "ffn_hidden_size": shape.ffn_hidden_size,
         "parameters": counts.total,
         "parameters_without_embeddings": counts.without_embeddings,
@@ -122,10 +183,18 @@ def describe(shape: Shape) -> dict[str, Any]:
         "activation_scalars": counts.activation_scalars,
         "flops_per_token": cost.training(),
         "flops_per_token_full_attention": cost.training(causal=False),
-        "flops_per_token_forward": _forward_parts(cost),
+        "flops_per_token_forward": forward,
+        "flops_per_token_backward": {name: BACKWARD_PASSES * part for name, part in forward.items()},
         "activation_bytes_per_token_per_layer": activation_bytes(shape).total,
-        "activation_bytes_per_token_per_layer_recompute": activation_bytes(shape, recompute_activation=True).total,
+        "activation_bytes_per_token_per_layer_recompute": recompute,
+        "activation_bytes_per_token_per_layer_fp8_input": fp8_input,
     }
+
+
+def _kept_with_flags(shape: Shape) -> tuple[int | None, int | None]:
+    if shape.gated:
+        return None, None
+    return activation_bytes(shape, recompute_activation=True).total, activation_bytes(shape, fp8_input=True).total
 
 
 def check_activation(name: str, scalars: Mapping[str, int]) -> None:
@@ -157,13 +226,6 @@ def _forward_parts(cost: Flops) -> dict[str, int]:
         "mlp": cost.mlp,
         "logits": cost.logits,
     }
-
-
-def _nearest_multiple(value: Fraction, multiple: int) -> int:
-    below = int(value // multiple)
-    above = below + 1
-    nearer_below = value - below * multiple <= above * multiple - value
-    return multiple * (below if nearer_below and below else above)
 
 
 def _percent(value: int, reference: int) -> float:

@@ -1,13 +1,10 @@
-"""Model shapes as Megatron flags: the MODEL_ARGS form of our configs, and Hugging Face's config.json.
+"""Model shapes as Megatron flags: the MODEL_ARGS form of our configs.
 
 A model is a mapping ``{"--hidden-size": 1536, "--swiglu": True, ...}``: what Megatron's command line would hold. A flag
 without value is True; False or a missing key means that it is not given. Whatever the source, `shape` reads this one
-form with Megatron's own defaults, and `write` stores it.
+form with Megatron's own defaults; `config_files` writes it.
 """
 
-import contextlib
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,21 +21,6 @@ ACTIVATION_FLAGS = ("--activation", "--swiglu", "--quick-geglu", "--squared-relu
 # Megatron's own switches for an activation; --activation NAME is ours and covers those without a gate.
 MEGATRON_ACTIVATIONS = {"--swiglu": "swiglu", "--squared-relu": "relu2", "--openai-gelu": "gelu"}
 NOT_COUNTED = ("--num-experts", "--multi-latent-attention", "--mtp-num-layers", "--hybrid-layer-pattern")
-HF_FAMILIES: dict[str, Flags] = {  # model_type -> what the family fixes; the rest is in its config.json
-    "llama": {"--swiglu": True},
-    "mistral": {"--swiglu": True},
-    "qwen2": {"--swiglu": True, "--add-qkv-bias": True},
-    "qwen3": {"--swiglu": True, "--qk-layernorm": True},
-    "arcee": {},
-    "apertus": {"--qk-layernorm": True},
-}
-HF_SIZES = {
-    "--hidden-size": "hidden_size",
-    "--num-layers": "num_hidden_layers",
-    "--num-attention-heads": "num_attention_heads",
-    "--ffn-hidden-size": "intermediate_size",
-    "--padded-vocab-size": "vocab_size",
-}
 
 
 def read(path: str | Path) -> Flags:
@@ -48,7 +30,7 @@ def read(path: str | Path) -> Flags:
         UserError: no such file, not YAML, no MODEL_ARGS mapping, or a key that is no flag.
     """
     try:
-        content = yaml.safe_load(_text(path))
+        content = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: expected YAML, got {' '.join(str(error).split())}") from None
     flags = content.get(ROOT_KEY) if isinstance(content, dict) else None
@@ -62,6 +44,16 @@ def read(path: str | Path) -> Flags:
     return flags
 
 
+def read_text(path: str | Path) -> str:
+    """A file's text; UserError where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: expected a readable file, got {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: expected a text file, got binary data") from None
+
+
 def to_words(flags: Flags) -> list[str]:
     """Flags as command-line words: True is the flag alone, False and None leave it out, a list gives several values."""
     words: list[str] = []
@@ -71,48 +63,6 @@ def to_words(flags: Flags) -> list[str]:
         values = [] if value is True else value if isinstance(value, list) else [value]
         words += [flag, *(str(item) for item in values)]
     return words
-
-
-def write(path: str | Path, flags: Mapping[str, Any], header: str = "") -> None:
-    """Writes flags in MODEL_ARGS form, below ``header`` as a comment; the file appears whole or not at all.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    comment = "".join(f"# {line}".rstrip() + "\n" for line in header.splitlines())
-    body = yaml.safe_dump({ROOT_KEY: dict(flags)}, sort_keys=False)
-    target = Path(path)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(comment + body, encoding="utf-8")
-        draft.replace(target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise UserError(f"{path}: cannot be written ({error.strerror}): choose another file") from None
-
-
-def from_hf(path: str | Path) -> Flags:
-    """Translates a Hugging Face ``config.json`` (file, or folder that holds one) to Megatron flags.
-
-    Raises:
-        UserError: no such file, not JSON, a model family or MLP that has no Megatron flags here, or a size missing.
-    """
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    config = _json(file)
-    family = config.get("model_type")
-    if family not in HF_FAMILIES:
-        raise UserError(
-            f"{file}: expected model_type {', '.join(HF_FAMILIES)}, got {family!r}: give the sizes as flags"
-        )
-    flags: Flags = {flag: _size(config, key, file) for flag, key in HF_SIZES.items()}
-    flags.update(_hf_options(config), **HF_FAMILIES[family])
-    if "--swiglu" not in flags:
-        flags["--activation"] = config.get("hidden_act", "xielu" if family == "apertus" else "relu2")
-    elif config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{file}: expected hidden_act 'silu' in a {family} model, got {config['hidden_act']!r}")
-    return flags
 
 
 def shape(flags: Mapping[str, Any], scalars: Mapping[str, int]) -> Shape:
@@ -164,7 +114,7 @@ def activation(flags: Mapping[str, Any]) -> str:
 
 
 def with_mlp(flags: Mapping[str, Any], name: str, ffn_hidden_size: int) -> Flags:
-    """The same model with another activation and MLP width.
+    """The same model with another activation and MLP width, in their place.
 
     Raises:
         UserError: Megatron has no flag for the activation.
@@ -172,47 +122,14 @@ def with_mlp(flags: Mapping[str, Any], name: str, ffn_hidden_size: int) -> Flags
     if name == "geglu":
         raise UserError("geglu: expected an activation with a Megatron flag, got one without: it can only be counted")
     chosen: Flags = {"--swiglu": True} if name == "swiglu" else {"--activation": name}
-    kept = {flag: value for flag, value in flags.items() if flag not in ACTIVATION_FLAGS}
-    return {**kept, **chosen, "--ffn-hidden-size": ffn_hidden_size}
-
-
-def _text(path: str | Path) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: expected a readable file, got {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: expected a text file, got binary data") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: expected JSON, got {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(config).__name__}")
-    return config
-
-
-def _size(config: Mapping[str, Any], key: str, path: Path) -> int:
-    if not isinstance(config.get(key), int):
-        raise UserError(f"{path}: expected an integer {key}, got {config.get(key)!r}")
-    return config[key]
-
-
-def _hf_options(config: Mapping[str, Any]) -> Flags:
-    options: Flags = {"--normalization": "RMSNorm", "--position-embedding-type": "rope"}
-    options["--disable-bias-linear"] = True
-    if config.get("attention_bias") or config.get("mlp_bias"):
-        raise UserError("config.json: expected no attention_bias or mlp_bias, got one: give the sizes as flags")
-    if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
-        options.update({"--group-query-attention": True, "--num-query-groups": config["num_key_value_heads"]})
-    if config.get("head_dim"):
-        options["--kv-channels"] = config["head_dim"]
-    if not config.get("tie_word_embeddings", False):
-        options["--untie-embeddings-and-output-weights"] = True
-    return options
+    mlp: Flags = {"--ffn-hidden-size": ffn_hidden_size, **chosen}
+    changed: Flags = {}
+    for flag, value in flags.items():
+        if flag == "--ffn-hidden-size":
+            changed |= mlp
+        elif flag not in ACTIVATION_FLAGS:
+            changed[flag] = value
+    return changed if "--ffn-hidden-size" in changed else changed | mlp
 
 
 def integer(flags: Mapping[str, Any], flag: str, default: int) -> int:
@@ -225,7 +142,7 @@ def integer(flags: Mapping[str, Any], flag: str, default: int) -> int:
 
 def _required(flags: Mapping[str, Any], flag: str) -> int:
     if flags.get(flag) is None:
-        raise UserError(f"{flag}: expected a value, got none: give it as a flag, or --config or --hf-config")
+        raise UserError(f"{flag}: expected a value, got none: give it as a flag, or --config, --model or --hf-config")
     return integer(flags, flag, 0)
 
 

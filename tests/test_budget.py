@@ -12,7 +12,8 @@ import torch
 
 from megatron_act.budget import Shape, flops, padded_vocab_size, parameters
 from megatron_act.errors import UserError
-from megatron_act.memory import activation_bytes, state_bytes_per_gpu
+from megatron_act.layout_memory import Layout, state_bytes
+from megatron_act.memory import activation_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Shape(
@@ -92,12 +93,12 @@ def test_megatron_counts_the_chosen_experts_and_the_shared_one(built, name):
     assert built[name]["training"] == 3 * built[name]["forward"]
 
 
-@pytest.mark.parametrize(
-    "name", ["swiglu", "geglu, untied", "gelu, GQA"]
-)  # Megatron's estimate knows no biases, QK-norm
+@pytest.mark.parametrize("name", ["swiglu", "geglu, untied", "gelu, GQA"])
 def test_state_bytes_equal_megatrons_estimate(built, name):
-    ours = state_bytes_per_gpu(SHAPES[name], tensor_parallel=2, pipeline_parallel=2, data_parallel=4)
-    assert ours == built[name]["megatron_state_bytes_tp2_pp2_dp4"]
+    """It knows no biases, QK-norm or scalars, and spreads the final norm over the pipeline: the last stage holds it."""
+    layout = Layout(tensor_parallel=2, pipeline_parallel=2, data_parallel=4)
+    apart = SMALL.hidden_size // 2 * (6 + 12 // 4)
+    assert state_bytes(SHAPES[name], layout).total == built[name]["megatron_state_bytes_tp2_pp2_dp4"] + apart
 
 
 @pytest.mark.parametrize(
@@ -145,16 +146,18 @@ def test_activation_bytes_by_hand():
     assert activation_bytes(xielu).attention == attention
     assert activation_bytes(xielu).mlp == 2 * (2 * 64 + 2 * 144)
     assert activation_bytes(xielu, recompute_activation=True).total == attention + 2 * (2 * 64 + 144)
+    # FP8: 144 features are two blocks with an fp32 scale each
+    assert activation_bytes(xielu, fp8_input=True).total == attention + 2 * (2 * 64 + 144) + 144 + 2 * 4
     matched = activation_bytes(SMALL).mlp
     assert matched == 2 * (2 * 64 + 3 * 96) == activation_bytes(xielu).mlp
 
 
-def test_state_bytes_on_one_gpu_and_with_pipeline():
-    tied = Shape(activation="swiglu", ffn_hidden_size=6144, **PAPER_1B)
-    assert state_bytes_per_gpu(tied) == 18 * 1_132_537_344
-    assert state_bytes_per_gpu(tied, data_parallel=12) == 7 * 1_132_537_344
-    with pytest.raises(UserError, match=r"--num-layers: expected a multiple of .* 5, got 24"):
-        state_bytes_per_gpu(tied, pipeline_parallel=5)
+def test_fp8_pre_activation_takes_what_the_fp8_table_says():
+    from megatron_act.fp8_bytes import STORED
+
+    shape = dataclasses.replace(SMALL, activation="relu2", ffn_hidden_size=9216)
+    saved = activation_bytes(shape).mlp - activation_bytes(shape, fp8_input=True).mlp
+    assert saved == (2 - STORED) * 9216
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,8 @@ def test_impossible_shapes_are_refused(change, message):
 
 
 def test_counting_loads_neither_torch_nor_megatron():
-    code = "import sys, megatron_act.match; print(sorted({'torch', 'triton', 'megatron'} & set(sys.modules)))"
+    modules = "match, match_table, layout_memory, model_args, hf_args, config_files"
+    code = f"import sys; from megatron_act import {modules}; "
+    code += "print(sorted({'torch', 'triton', 'megatron'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.strip() == "[]"

@@ -163,6 +163,111 @@ def test_table_shows_every_activation_of_the_registry(tool):
     assert "embeddings and logits are not counted" in output
 
 
+def test_forward_and_backward_parts_add_up(tool):
+    _, output, _ = tool("--model", "paper-1.1b", "--activation", "xielu", "--json")
+    report = json.loads(output)
+    for prefix in ("", "baseline_"):
+        forward, backward = (report[f"{prefix}flops_per_token_{name}"] for name in ("forward", "backward"))
+        assert backward == {part: 2 * count for part, count in forward.items()}
+        scores = forward["attention_scores_causal"], forward["attention_scores_full"]
+        assert 2 * scores[0] == scores[1] == 4 * 24 * 4096 * 1536
+        rest = sum(forward[part] for part in ("attention_projections", "mlp", "logits"))
+        assert 3 * (rest + scores[0]) == report[f"{prefix}flops_per_token"]
+        assert 3 * (rest + scores[1]) == report[f"{prefix}flops_per_token_full_attention"]
+
+
+def test_bytes_with_the_flags_of_our_activations(tool):
+    """bf16: 2 x 1536 x 2 for norms and inputs twice, q, k, v, attention's output; then 9216 before and after."""
+    _, output, _ = tool("--model", "paper-1.1b", "--activation", "xielu", "--json")
+    report, key = json.loads(output), "activation_bytes_per_token_per_layer"
+    rest = 2 * (4 * 1536 + 3 * 1536 + 1536)
+    assert report[key] == report[f"baseline_{key}"] == rest + 4 * 9216
+    assert report[f"{key}_recompute"] == rest + 2 * 9216
+    assert report[f"{key}_fp8_input"] == rest + 3 * 9216 + 4 * 9216 // 128
+    assert report[f"baseline_{key}_recompute"] is report[f"baseline_{key}_fp8_input"] is None
+
+
+def test_state_and_tokens_follow_layout_and_schedule(tool):
+    words = ("--model", "paper-3b", "--activation", "xielu", "--json", "--data-parallel-size", "128")
+    shared, copied = (
+        json.loads(tool(*words, *more, "--align", "128")[1]) for more in ((), ("--no-distributed-optimizer",))
+    )
+    assert shared["layout"] == "TP 2, PP 1, DP 128, distributed optimizer"  # TP from the file
+    assert copied["layout"] == "TP 2, PP 1, DP 128, optimizer on every rank"
+    split, copies, scalars = 3_020_048_384 - 73 * 2048, 73 * 2048, 72
+    weights = 2 * (split // 2 + copies)
+    assert shared["baseline_state_bytes_per_gpu"]["weights"] == weights
+    assert copied["state_bytes_per_gpu"] == {
+        "weights": weights + 4 * scalars,
+        "gradients": 2 * weights + 4 * scalars,
+        "optimizer": 6 * weights + 8 * scalars,
+        "total": 9 * weights + 16 * scalars,
+    }
+    assert shared["state_bytes_per_gpu"]["optimizer"] == -(-(6 * weights + 8 * scalars) // 128)
+    assert shared["baseline_tokens"] == shared["tokens_for_equal_flops"] == 48000 * 640 * 4096
+
+
+@pytest.mark.parametrize(
+    ("words", "changed", "step"),
+    [
+        ("--solve-for num-layers", "num_layers", 1),
+        ("--solve-for num-layers --pipeline-model-parallel-size 4", "num_layers", 4),
+        ("--solve-for hidden-size", "hidden_size", 16 * 8),
+        ("--solve-for hidden-size --align 96", "hidden_size", 3 * 16 * 8),
+        ("--solve-for hidden-size --kv-channels 96 --align 32", "hidden_size", 32),
+        ("--target-num-layers 20", "ffn_hidden_size", 1),
+        ("--target-hidden-size 1792 --align 16", "ffn_hidden_size", 16),
+    ],
+)
+def test_other_sizes_are_solved_for(tool, words, changed, step):
+    """Of the sizes that the step allows none costs FLOPs nearer to the baseline's."""
+    _, output, _ = tool("--model", "paper-1.1b", "--activation", "xielu", "--json", *words.split())
+    report = json.loads(output)
+    sizes = {name: report[name] for name in ("num_layers", "hidden_size", "ffn_hidden_size")}
+    kv_channels = 96 if "--kv-channels" in words else None
+    shape = dataclasses.replace(BASELINE, activation="xielu", activation_scalars=2, kv_channels=kv_channels, **sizes)
+    wanted = flops(dataclasses.replace(BASELINE, kv_channels=kv_channels)).training()
+    assert report["flops_per_token"] == flops(shape).training()
+    assert report["parameters"] == parameters(shape).total
+    assert sizes[changed] % step == 0
+    miss = abs(report["flops_per_token"] - wanted)
+    for rival in (sizes[changed] - step, sizes[changed] + step):
+        assert miss <= abs(flops(dataclasses.replace(shape, **{changed: rival})).training() - wanted)
+    assert report["residual_flops_percent"] == pytest.approx(100 * (report["flops_per_token"] / wanted - 1), abs=1e-9)
+    # with heads of a given size all parameters and FLOPs but the square's are linear in the hidden size
+    assert report["exact"] is ("--kv-channels" in words)
+
+
+def test_config_of_a_model_of_another_depth(tool, tmp_path):
+    file = tmp_path / "deep.yaml"
+    words = ("--model", "paper-1.1b", "--activation", "xielu", "--target-num-layers", "20", "--output", str(file))
+    _, output, _ = tool(*words)
+    flags, header = yaml.safe_load(file.read_text())["MODEL_ARGS"], file.read_text().partition("MODEL_ARGS")[0]
+    width = flags["--ffn-hidden-size"]
+    assert width == round(1.2 * 9216 + 0.2 * (2 * 1536 + 4096 / 2))  # and a fifth of the attention, as width
+    assert (flags["--num-layers"], flags["--hidden-size"], flags["--activation"]) == (20, 1536, "xielu")
+    assert "of the FLOPs of swiglu, width 6144, 24 layers, hidden size 1536." in header
+    assert output.count("%") == 2
+
+
+def test_hf_model_to_config(tool, tmp_path):
+    """A Hugging Face model's partner, as flags that Megatron trains."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 96}
+    config = {"model_type": "llama", "vocab_size": 320, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    file = tmp_path / "xielu.yaml"
+    code, _, _ = tool("--hf-config", str(tmp_path), "--activation", "xielu", "--align", "16", "--output", str(file))
+    flags = yaml.safe_load(file.read_text())["MODEL_ARGS"]
+    assert code == 0
+    assert flags == {
+        "--num-layers": 3, "--hidden-size": 64, "--num-attention-heads": 4, "--ffn-hidden-size": 144,
+        "--activation": "xielu", "--padded-vocab-size": 320, "--normalization": "RMSNorm",
+        "--disable-bias-linear": True, "--position-embedding-type": "rope", "--norm-epsilon": 1e-5,
+        "--untie-embeddings-and-output-weights": True, "--rotary-base": 500000, "--seq-length": 4096,
+        "--max-position-embeddings": 4096,
+    }  # fmt: skip
+
+
 def test_written_configs_hold_the_matched_models(tool, tmp_path):
     config = str(ROOT / "configs" / "tiny-swiglu.yaml")
     name = str(tmp_path / "new" / "tiny-{activation}.yaml")
@@ -189,7 +294,19 @@ def test_flags_win_over_the_config(tool):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--activation xielu", "expected --baseline and --baseline-ffn-hidden-size, or --config, or --hf-config"),
+        ("--activation xielu", "expected a baseline, got none: give --model, --config, --hf-config, or --baseline and"),
+        ("--model paper-2b --activation xielu", "--model: expected one of 125m, "),
+        ("--model tiny --config x.yaml --activation xielu", "not allowed with argument --model (see --help)"),
+        ("--model tiny --activation xielu --solve-for heads", "argument --solve-for: invalid choice: 'heads'"),
+        (
+            "--model tiny --activation xielu --target-ffn-hidden-size 640",
+            "--target-ffn-hidden-size: expected another --solve-for, got ffn-hidden-size: remove one",
+        ),
+        (
+            "--model tiny --activation xielu --solve-for num-layers --target-ffn-hidden-size 650 --align 16",
+            "--target-ffn-hidden-size: expected a multiple of 16 (tensor parallel x align), got 650",
+        ),
+        ("--model tiny --activation xielu --target-hidden-size 127", "--hidden-size: expected a multiple of --num-att"),
         (f"{PAPER} --activation xielo", "got 'xielo'; did you mean xielu?"),
         (f"{PAPER} --activation xielu --tensor-model-parallel-size 7", "--ffn-hidden-size: expected a multiple of"),
         (
@@ -237,6 +354,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tool, tmp_path, monkeypatch, word
             "error: /dev/null/x.yaml: cannot",
         ),
         ([], 2, "error: the following arguments are required: --activation (see --help)"),
+        (["--model", "tiny", "--activation", "xielu"], 0, ""),
     ],
 )
 def test_the_command_from_the_repository_root(words, code, message):

@@ -75,6 +75,14 @@ def test_a_run_without_only_leaves_out_what_cannot_run(tmp_path, quick, capsys):
     assert "error: the MLP under FP8: expected Transformer Engine, got none" in capsys.readouterr().err
 
 
+def test_the_first_activation_takes_every_shape():
+    shapes = [Shape(1, 256, 256), SHAPE, Shape(256, 256, 256)]
+    chosen = fp8_rows.select(None, shapes, "cpu")
+    labels = {name: list(dict.fromkeys(c.label for c in chosen if c.activation == name)) for name in ("xielu", "relu2")}
+    assert labels == {"xielu": ["128x256", "256x256"], "relu2": ["128x256"]}
+    assert {(c.recipe, c.op) for c in chosen} == set(EXPECTED)
+
+
 def case(recipe, op="forward", transposed=True):
     return Case("xielu", SHAPE, recipe, op, transposed)
 

@@ -10,6 +10,7 @@ from megatron_act import fp8_bytes, te
 from megatron_act.fp8_bytes import ENGINE, OURS, UNFUSED
 from megatron_act.kernels import api as kernels
 from megatron_act.kernels import fp8_ops
+from megatron_act.kernels.ops import INTERPRETED
 
 SCALES = 2 * 4 / 128  # of both halves, as fp32 for 128 elements or one byte for 32
 STORES = {"delayed": "tensor", "tensorwise": "tensor", "blockwise": "blockwise", "mxfp8": "mxfp8"}
@@ -122,7 +123,7 @@ def test_bytes_of_tensors(recipe, transposed):
 @pytest.fixture
 def traffic(monkeypatch):
     """Bytes that kernels load and store in Triton's interpreter; scalars are not counted."""
-    if not fp8_ops.INTERPRETED:
+    if not INTERPRETED:
         pytest.skip("no GPU counts them: they are read from Triton's interpreter")
     counted = []
     builder = interpreter.InterpreterBuilder

@@ -11,9 +11,9 @@ command, and which libraries were not installed (Liger, Transformer Engine, the 
 are timed too: the activation's share of forward and backward.
 
 fp8: fp8.json and fp8.md: the same for results in FP8, by recipe (delayed, tensorwise, blockwise, mxfp8) and direction:
-ours in one kernel, our bf16 kernel and Transformer Engine's quantizer after it (torch's casts where it is not
-installed), Transformer Engine's own fused activation; and what the bytes would allow. xielu and relu2 unless
---activations names others without a gate; tensors are bf16.
+ours in one kernel, our bf16 kernel and Transformer Engine's quantizer after it (torch's casts where it has none),
+Transformer Engine's own fused activation; and what the bytes would allow. All shapes for xielu and the first for relu2,
+or for the first and the others of --activations, which must have no gate; tensors are bf16.
 
 mlp: mlp.json and mlp.md: fc1, activation, fc2 under each FP8 recipe that the GPU runs, forward and backward: xIELU in
 Megatron's layers with its result in FP8 and in bf16, Transformer Engine's ReLU squared and SwiGLU, Megatron's SwiGLU.

@@ -15,7 +15,8 @@ from megatron_act.benchmark.table import SEED, Row, Table, explained, noting
 from megatron_act.benchmark.timing import Buffer, Sampler, Timing, buffers_needed, measure, sampler
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
-from megatron_act.kernels import fp8, fp8_ops
+from megatron_act.kernels import fp8
+from megatron_act.kernels.fp8_launch import CAPABILITY
 
 ACTIVATIONS = ("xielu", "relu2")  # the second is one that Transformer Engine has
 SMALL = Shape(256, 384, 256)  # for a CPU, where only the code is tried
@@ -24,7 +25,9 @@ WAY_OF = {OURS: fp8_bytes.OURS, OWN: fp8_bytes.ENGINE, **dict.fromkeys(UNFUSED, 
 
 
 def select(activations: Sequence[str] | None, shapes: Sequence[Shape], device: str) -> list[Case]:
-    """Every recipe and direction; a current scale forward only, since backward it moves what it saves.
+    """Every recipe and direction; every shape for the first activation, the first shape for the others.
+
+    A current scale is timed forward only, since backward it moves what it saves.
 
     Raises:
         UserError: an unknown or gated activation, shapes of generation or without whole blocks, a GPU without FP8.
@@ -38,12 +41,13 @@ def select(activations: Sequence[str] | None, shapes: Sequence[Shape], device: s
         raise UserError(f"--shapes: for FP8 expected multiples of {fp8.BLOCK}, got {', '.join(bad)}; round them")
     transposed = fp8_bytes.transposes(_capability()) if device == "cuda" else True
     pairs = [(r, op) for r in fp8_bytes.SCALE for op in fp8_bytes.OPS if (r, op) != ("tensorwise", "backward")]
-    return [Case(n, shape, recipe, op, transposed) for n in names for shape in chosen for recipe, op in pairs]
+    shaped = [(name, shape) for name in names for shape in (chosen if name == names[0] else chosen[:1])]
+    return [Case(name, shape, recipe, op, transposed) for name, shape in shaped for recipe, op in pairs]
 
 
 def _capability() -> tuple[int, int]:
     found = torch.cuda.get_device_capability()
-    if found < fp8_ops.CAPABILITY:
+    if found < CAPABILITY:
         raise UserError(f"FP8 rows: expected compute capability 8.9 or newer, got {found[0]}.{found[1]}; use --only")
     return found
 

@@ -2,7 +2,7 @@
 
 ours           one kernel, two with a current scale                    (``kernels/fp8_ops.py``)
 TE's quantizer our bf16 kernel, then Transformer Engine's quantizer    (what fc2 does with a bf16 input)
-torch          our bf16 kernel, then casts in torch, compiled on a GPU (where Transformer Engine is not there)
+torch          our bf16 kernel, then casts in torch, compiled on a GPU (where Transformer Engine has none)
 TE's own       its ``tex.*`` activation, given the quantizer           (for the activations that it has)
 """
 
@@ -86,11 +86,16 @@ class Case:
 def ways(case: Case, raw: list[Tensor], device: str) -> dict[str, Work]:
     """Everybody who can do it here, ours first. The scalars are constants: no autograd is timed."""
     found = {OURS: _ours(case, raw, device)}
-    if te.problem():
+    if te.problem() or _lacks(case.recipe, device):
         return found | {TORCH: _unfused(case, raw, plain_quantizer(case, device))}
     quantizer = engine_quantizer(case, device)
     found[QUANTIZER] = _unfused(case, raw, quantizer)
     return found | ({OWN: _own(case, quantizer)} if case.activation in TEX else {})
+
+
+def _lacks(recipe: str, device: str) -> bool:
+    """Whether Transformer Engine has no quantizer for this GPU; all others need no GEMM to be timed."""
+    return recipe == "mxfp8" and device == "cuda" and torch.cuda.get_device_capability() < te.CAPABILITIES[recipe][0]
 
 
 def bits(result: Any) -> Tensor:
