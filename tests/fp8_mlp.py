@@ -1,16 +1,35 @@
-"""An MLP of Transformer Engine's layers with FP8 options, and steps of training with it; in te_cpu's child process."""
+"""An MLP of Transformer Engine's layers with FP8 options, and steps of training with it.
+
+On a GPU, or in te_cpu's child process.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from te_cpu.cases import recipe_of
+from te_cpu import cases
 from te_cpu.process import one_rank
 from torch import Tensor
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HIDDEN, WIDTH, TOKENS, BATCH = 64, 192, 80, 2  # 160 rows: more than a block of 128, not a multiple of one
 BF16 = torch.bfloat16
+RECIPES = {
+    "delayed": "DelayedScaling",
+    "tensorwise": "Float8CurrentScaling",
+    "blockwise": "Float8BlockScaling",
+    "mxfp8": "MXFP8BlockScaling",
+}
+
+
+def recipe_of(name: str, form: str = "E4M3", **options: Any) -> Any:
+    """Transformer Engine's; the stand-in for a GPU becomes one that has it."""
+    if DEVICE == "cpu":
+        return cases.recipe_of(name, form, **options)
+    from transformer_engine.common import recipe
+
+    return getattr(recipe, RECIPES[name])(fp8_format=getattr(recipe.Format, form), **options)
 
 
 def config(**options: Any) -> Any:
@@ -38,7 +57,8 @@ def mlp(fp8: Any, name: str = "xielu", fused: bool = False, backend: str = "auto
         from megatron_act.te_op import ActivationFusedMLP as kind
     from megatron.core import parallel_state
 
-    module = kind(settings, submodules, tp_group=parallel_state.get_tensor_model_parallel_group())
+    group = parallel_state.get_tensor_model_parallel_group()
+    module = kind(settings, submodules, ffn_hidden_size=WIDTH, tp_group=group)
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.numel() > 1:
@@ -52,8 +72,8 @@ def batches(count: int, size: float = 1.0) -> list[tuple[Tensor, Tensor]]:
     shape = (TOKENS, BATCH, HIDDEN)
     return [
         (
-            (size * 2.0 ** (i % 3) * torch.randn(shape, generator=generator)).to(BF16),
-            (2.0**i * torch.randn(shape, generator=generator)).to(BF16),
+            (size * 2.0 ** (i % 3) * torch.randn(shape, generator=generator)).to(DEVICE, BF16),
+            (2.0 ** (i % 6) * torch.randn(shape, generator=generator)).to(DEVICE, BF16),
         )
         for i in range(count)
     ]
@@ -103,6 +123,75 @@ def same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
     assert not wrong, wrong
 
 
+def near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 1e-3, state: float = 1e-6) -> str:
+    """Within ``bound`` of each tensor's norm, scales and histories within ``state``; returns how near, for a log."""
+    assert got.keys() == want.keys()
+    errors = {name: distance(got[name], want[name]) for name in want}
+    allowed = {name: state if name.endswith(("scale", "history")) else bound for name in want}
+    wrong = {name: error for name, error in errors.items() if not error <= allowed[name]}
+    assert not wrong, wrong
+    equal = sum(torch.equal(got[name], want[name]) for name in want)
+    worst = max(errors, key=lambda name: errors[name])
+    return f"{equal} of {len(want)} tensors are equal, the farthest is {worst}: {errors[worst]:.1e}"
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """Norm of the difference over that of ``want``."""
+    off, size = (got.double() - want.double()).norm(), want.double().norm()
+    return 0.0 if off == 0 else (off / size).item()
+
+
+CALLS = ("no_grad", "eval", "bf16", "fp8 first", "fp8", "recipe", "fp8 back")
+
+
+def calls(module: Any, recipe: Any, other: Any) -> tuple[list[str], dict[str, Tensor]]:
+    """(what fc2 is given, outputs) by calls of seven kinds after a step: only "fp8" may be in FP8."""
+    train(module, recipe, steps=1)
+    x, outputs = batches(1)[0][0], {}
+    with watched(module) as seen:
+        for case in CALLS:
+            module.train(case != "eval")
+            used = {"bf16": None, "recipe": other}.get(case, recipe)
+            with torch.set_grad_enabled(case != "no_grad"), context(used):
+                outputs[case] = module(x.clone().requires_grad_())[0].detach()
+    return seen["fc2"], outputs
+
+
+def kept_bytes(module: torch.nn.Module, recipe: Any) -> int:
+    """Of all distinct storages that one forward pass saves, parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        parts = [getattr(tensor, name, None) for name in ("_data", "_transpose")]
+        for part in [tensor] if parts[0] is None else [part for part in parts if part is not None]:
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context(recipe):
+        module(batches(1)[0][0].clone().requires_grad_())
+    return sum(found.values())
+
+
+def counted() -> dict[str, int]:
+    """How often our kernels are asked for a quantized result and gradient from here on, in this process."""
+    from megatron_act import te_buffers
+
+    made = {"forward": 0, "backward": 0}
+    for name in made:
+        original = getattr(getattr(te_buffers, name), "original", getattr(te_buffers, name))
+
+        def call(*args: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            made[name] += 1
+            return original(*args)
+
+        call.original = original  # type: ignore[attr-defined]
+        setattr(te_buffers, name, call)
+    return made
+
+
 @contextmanager
 def watched(module: Any) -> Iterator[dict[str, list[str]]]:
     """What fc2 is given and what gradient fc1 gets: class names, by call."""
@@ -123,6 +212,3 @@ def watched(module: Any) -> Iterator[dict[str, list[str]]]:
     finally:
         handle.remove()
         Base.grad_output_preprocess = staticmethod(original)
-
-
-__all__ = ["BF16", "batches", "config", "context", "mlp", "recipe_of", "same", "train", "watched"]

@@ -1,12 +1,12 @@
 """The activation hands FP8 to fc2 and to fc1's backward pass: the bits that Transformer Engine's own casts would give.
 
 Each test runs Transformer Engine's own Python in a child process (``te_cpu``), in which torch stands in for its
-kernels; those of ``tests/training/test_te_bits.py`` are the same on a GPU.
+kernels; those of ``tests/test_te_bits.py`` are the same on a GPU.
 """
 
 import pytest
 import torch
-from fp8_mlp import BF16, batches, context, mlp, recipe_of, same, train, watched
+from fp8_mlp import BF16, calls, context, counted, kept_bytes, mlp, recipe_of, same, train, watched
 from te_cpu.cases import RECIPES
 from te_cpu.process import in_engine
 
@@ -121,16 +121,8 @@ def test_recomputed_activations_keep_scales_and_histories(name: str) -> None:
 @in_engine
 def test_calls_that_get_bf16() -> None:
     """No gradients, evaluation, no FP8 context and the first call after it, the first of another recipe and back."""
-    module, x = mlp(OUTPUT), batches(1)[0][0]
-    recipe = recipe_of("delayed")
-    train(module, recipe, steps=1)
-    with watched(module) as seen:
-        for case in ("no_grad", "eval", "bf16", "fp8 first", "fp8", "recipe", "fp8 back"):
-            module.train(case != "eval")
-            used = {"bf16": None, "recipe": recipe_of("blockwise")}.get(case, recipe)
-            with torch.set_grad_enabled(case != "no_grad"), context(used):
-                module(x.clone().requires_grad_())
-    assert seen["fc2"] == [*4 * ["Tensor"], "Float8Tensor", "Tensor", "Tensor"]
+    seen, _ = calls(mlp(OUTPUT), recipe_of("delayed"), recipe_of("blockwise"))
+    assert seen == [*4 * ["Tensor"], "Float8Tensor", "Tensor", "Tensor"]
 
 
 @in_engine
@@ -221,24 +213,6 @@ def test_memory_that_is_kept_for_the_backward_pass() -> None:
     assert held["output"] - held["stored"] == pytest.approx(2 - 33 / 32, abs=1e-3)
 
 
-def kept_bytes(module: torch.nn.Module, recipe: object) -> int:
-    """Of all distinct storages that one forward pass saves, parameters left out."""
-    parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        parts = [getattr(tensor, name, None) for name in ("_data", "_transpose")]
-        for part in [tensor] if parts[0] is None else [part for part in parts if part is not None]:
-            storage = part.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context(recipe):
-        module(batches(1)[0][0].clone().requires_grad_())
-    return sum(found.values())
-
-
 @pytest.mark.parametrize("name", RECIPES)
 @in_engine
 def test_the_op_fuser_hands_over_fp8_by_itself(name: str) -> None:
@@ -261,20 +235,3 @@ def test_the_op_fuser_hands_over_fp8_by_itself(name: str) -> None:
     if name != "delayed":
         want = train(mlp(PLAIN, **options), recipe)
         same(got, {key: want[key] for key in got})
-
-
-def counted() -> dict[str, int]:
-    """How often our kernels are asked for a quantized result and gradient from here on, in this process."""
-    from megatron_act import te_buffers
-
-    made = {"forward": 0, "backward": 0}
-    for name in made:
-        original = getattr(getattr(te_buffers, name), "original", getattr(te_buffers, name))
-
-        def call(*args, name=name, original=original):
-            made[name] += 1
-            return original(*args)
-
-        call.original = original  # type: ignore[attr-defined]
-        setattr(te_buffers, name, call)
-    return made
