@@ -63,7 +63,9 @@ def test_a_broken_package_is_one_sentence(case: str, tmp_path: Path, on_path) ->
     assert [word for word in (kind, message, "pip uninstall", te.INSTALL) if word not in why] == []
 
 
-@pytest.mark.parametrize(("version", "fits"), [("2.20.0", True), ("2.20.2", True), ("2.21.0", False), ("1.13.0", False)])
+@pytest.mark.parametrize(
+    ("version", "fits"), [("2.20.0", True), ("2.20.2", True), ("2.21.0", False), ("1.13.0", False)]
+)
 def test_another_version_gets_no_fp8_from_us(version: str, fits: bool, tmp_path: Path, on_path) -> None:
     on_path(package(tmp_path, "", version))
     assert te.problem() is None
@@ -120,7 +122,9 @@ def entry(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     """The entry point with a package folder in front of everything."""
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}"}
     command = [sys.executable, "-m", "megatron_act.pretrain_gpt", *words]
-    return subprocess.run(command, env=environment, cwd=folder, text=True, capture_output=True, timeout=240, check=False)
+    return subprocess.run(
+        command, env=environment, cwd=folder, text=True, capture_output=True, timeout=240, check=False
+    )
 
 
 def test_a_broken_package_stops_a_gpu_run_before_megatron_is_imported(tmp_path: Path) -> None:
