@@ -117,7 +117,10 @@ def conflict(args: Any) -> str | None:
             return f"{flag}: {why}"
     if args.use_transformer_engine_op_fuser and (why := version_problem()):
         return f"{FUSER_FLAG}: {why}: remove the flag or install that version"
-    return fp8_problem(args.fp8_recipe, torch.cuda.get_device_capability(), torch.version.cuda) if args.fp8 else None
+    if not args.fp8 or not torch.cuda.device_count():
+        return None  # a missing GPU is the entry point's to say
+    device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()  # not yet the current one
+    return fp8_problem(args.fp8_recipe, torch.cuda.get_device_capability(device), torch.version.cuda)
 
 
 def notice(args: Any) -> str | None:

@@ -138,3 +138,17 @@ def test_a_broken_package_does_not_keep_a_cpu_run_from_starting(tmp_path: Path) 
     package(tmp_path, "raise RuntimeError('no CUDA here')")
     done = entry(["--cpu", "--activation", "xelu"], tmp_path)  # a mistake that is found after Megatron's import
     assert done.returncode == 2 and "no CUDA here" not in done.stderr and "xelu" in done.stderr, done.stderr[-2000:]
+
+
+def test_the_flags_are_checked_against_the_gpu_of_this_rank(monkeypatch) -> None:
+    """Of two GPUs the second is asked on local rank 1; without FP8 none is."""
+    asked: list[int] = []
+    monkeypatch.setattr(te, "problem", lambda: None)
+    monkeypatch.setattr(te.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(te.torch.cuda, "get_device_capability", lambda device: asked.append(device) or (8, 0))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert te.conflict(settings(fp8=None)) is None and asked == []
+    why = te.conflict(settings())
+    assert asked == [1] and why is not None and why.startswith("--fp8-recipe delayed: expected compute capability 8.9")
+    local = te.conflict(settings(transformer_impl="local"))
+    assert local is not None and local.startswith("--fp8-format: expected --transformer-impl transformer_engine")
