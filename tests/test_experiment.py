@@ -13,15 +13,15 @@ import pytest
 import yaml
 
 from megatron_act.errors import UserError
+from megatron_act.experiment import jobs, records
 from megatron_act.experiment import layout as layouts
-from megatron_act.experiment import records, runner
-from megatron_act.experiment.arms import load_experiment, parse_experiment
 from megatron_act.experiment.layout import Layout
+from megatron_act.experiment.parse import load_experiment, parse_experiment
 from megatron_act.experiment.progress import Progress, Tail
 from megatron_act.model_args import to_words
 
 ROOT = Path(__file__).resolve().parents[1]
-FIXTURE = Path(__file__).parent / "data" / "experiment"  # by tools/compare.py: 2 arms x 2 seeds, 20 steps
+FIXTURE = Path(__file__).parent / "data" / "experiment"  # by tools/compare.py: see test_experiment_report.py
 CPU = Layout("cpu", 2, 2, 1, False, "a CPU")
 BASE = {
     "--num-layers": 2,
@@ -49,7 +49,7 @@ COMMON = (
     "--lr 0.01 --disable-bias-linear --position-embedding-type rope --untie-embeddings-and-output-weights --mock-data "
     "--tokenizer-type NullTokenizer "
 )
-LAYOUT = "--log-interval 1 --num-workers 0 --eval-interval 21 --seed 1234 --cpu --tensor-model-parallel-size 2"
+LAYOUT = "--eval-interval 21 --log-interval 1 --num-workers 0 --seed 1234 --cpu --tensor-model-parallel-size 2"
 
 
 def words_of(content: dict, folder: Path = ROOT, layout: Layout = CPU) -> list[str]:
@@ -58,10 +58,13 @@ def words_of(content: dict, folder: Path = ROOT, layout: Layout = CPU) -> list[s
 
 
 def test_arms_become_exact_command_lines() -> None:
-    assert words_of({**CONTENT, "arms": ["swiglu", "relu2", "xielu"]}) == [
-        f"{COMMON}--swiglu --ffn-hidden-size 64 {LAYOUT}",
-        f"{COMMON}--activation relu2 --ffn-hidden-size 96 {LAYOUT}",
-        f"{COMMON}--activation xielu --ffn-hidden-size 96 {LAYOUT}",
+    assert [sorted(words.split()) for words in words_of({**CONTENT, "arms": ["swiglu", "relu2", "xielu"]})] == [
+        sorted(f"{COMMON}{mlp} {LAYOUT}".split())
+        for mlp in (
+            "--swiglu --ffn-hidden-size 64",
+            "--activation relu2 --ffn-hidden-size 96",
+            "--activation xielu --ffn-hidden-size 96",
+        )
     ]
 
 
@@ -69,7 +72,8 @@ def test_an_arms_own_flags_win() -> None:
     arm = {"name": "hot", "activation": "crrelu", "flags": {"--lr": 0.02, "--activation-init": ["eps=0.1"]}}
     (words,) = words_of({**CONTENT, "arms": [arm]})
     expected = COMMON.replace("--lr 0.01", "--lr 0.02")
-    assert words == f"{expected}--activation-init eps=0.1 --activation crrelu --ffn-hidden-size 96 {LAYOUT}"
+    mlp = "--activation-init eps=0.1 --activation crrelu --ffn-hidden-size 96"
+    assert sorted(words.split()) == sorted(f"{expected}{mlp} {LAYOUT}".split())
 
 
 def test_seeds_repeat_every_arm() -> None:
@@ -112,7 +116,7 @@ def test_data_and_tokenizer_become_absolute_words(tmp_path: Path) -> None:
     experiment = parse_experiment(content, tmp_path)
     words = " ".join(experiment.runs(CPU)[0].words)
     assert f"--train-data-path {tmp_path}/t --valid-data-path {tmp_path}/v --seed" in words
-    assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}/tok" in words
+    assert f"--tokenizer-type HuggingFaceTokenizer --tokenizer-model {tmp_path}/tok --full-validation" in words
     assert "--vocab-size" not in words
     assert experiment.match(experiment.arms[0], CPU).target.vocab_size == 256  # 3 tokens, padded to 128 x 2 ranks
 
@@ -122,7 +126,7 @@ def test_base_config_is_read_and_base_wins(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": flags}))
     content = {"name": "n", "base_config": "m.yaml", "base": {"--lr": 0.5}, "arms": ["xielu"]}
     (words,) = words_of(content, tmp_path)
-    assert "--lr 0.5 " in words and words.endswith(f"--activation xielu --ffn-hidden-size 96 {LAYOUT}")
+    assert "--lr 0.5 " in words and "--activation xielu " in words and "--ffn-hidden-size 96 " in words
     assert "--swiglu" not in words
 
 
@@ -141,12 +145,32 @@ def test_words_of_each_kind_of_value() -> None:
         ({"arm": ["xielu"]}, "the file: expected keys .*, got 'arm'; did you mean arms?"),
         ({"base": {"num-layers": 2}}, "base: expected '--flag: value' pairs, got"),
         ({"base": {**BASE, "--save": "x"}}, "base: expected no --save, got 'x'"),
-        ({"base": {**BASE, "--train-iters": "many"}}, "--train-iters: expected a whole number, got 'many'"),
+        (
+            {"base": {**BASE, "--train-iters": "many"}},
+            "--train-iters: expected a whole number of at least 1, got 'many'",
+        ),
+        (
+            {"arms": [{"activation": "xielu", "flags": {"--train-iters": 9}}]},
+            "arms.flags: expected no --train-iters, got",
+        ),
         ({"base": {**BASE, "--mock-data": False}}, "data: expected .*, got nothing"),
         ({"baseline": {"activation": "swiglu"}}, "baseline.ffn_hidden_size: expected a whole number, got None"),
         ({"baseline": "swiglu"}, "baseline: expected a mapping with activation, ffn_hidden_size, got 'swiglu'"),
         ({"data": ["absent"]}, "data: expected .*absent.idx, got no such file"),
-        ({"layout": {"ranks": "two"}}, "layout.ranks: expected a whole number, got 'two'"),
+        ({"layout": {"ranks": "two"}}, "layout.ranks: expected a whole number of at least 1, got 'two'"),
+        ({"layout": {"device": "tpu"}}, "layout.device: expected cpu or cuda, got 'tpu'"),
+        ({"equal": ["time"]}, "equal: expected tokens, flops, seconds, got 'time'"),
+        ({"learning_rates": [1e-3]}, "tuning_seeds: expected a list with at least one entry, got None"),
+        (
+            {"learning_rates": ["1e-3"], "tuning_seeds": [9]},
+            "learning_rates: expected numbers above 0, got '1e-3': YAML",
+        ),
+        ({"learning_rates": [1e-3], "tuning_seeds": [1234]}, "tuning_seeds: expected none of seeds, got 1234"),
+        ({"schedule": {"kind": "linear"}}, "schedule.kind: expected wsd or cosine, got 'linear'"),
+        ({"schedule": {"kind": "wsd", "warmup": 2}}, "schedule.warmup: expected a share in \\[0, 1\\), got 2"),
+        ({"schedule": {"kind": "cosine", "decay": 0.2}}, "schedule.decay: expected none with cosine, got 0.2"),
+        ({"evaluations": 0}, "evaluations: expected a whole number of at least 1, got 0"),
+        ({"slurm": ["a"]}, "slurm: expected sbatch options as name: value"),
         ({"seeds": [1.5]}, "seeds: expected a whole number, got 1.5"),
         ({"name": None}, "name: expected text, got None"),
     ],
@@ -208,12 +232,12 @@ def test_finished_means_same_words_and_same_data(tmp_path: Path) -> None:
     (run, _) = parse_experiment(CONTENT, ROOT).runs(CPU)
     folder = records.run_folder(tmp_path, run)
     folder.clear()
-    shutil.copy(FIXTURE / "runs" / "swiglu-seed1" / "metrics.jsonl", folder.metrics)
+    shutil.copy(FIXTURE / "runs" / "swiglu-lr0.01-seed1" / "metrics.jsonl", folder.metrics)
     folder.checkpoint.mkdir()
     (folder.checkpoint / "latest_checkpointed_iteration.txt").write_text("20")
     assert not records.is_finished(folder, run)  # never marked: it was killed
-    records.write_record(folder, run, ["python"], 1.0)
-    assert records.is_finished(folder, run)
+    records.write_record(folder, run, ["python"], 1.0, "here")
+    assert records.is_finished(folder, run) and json.loads(folder.record.read_text())["layout"] == "here"
     (other, _) = parse_experiment({**CONTENT, "base": {**BASE, "--lr": 0.02}}, ROOT).runs(CPU)
     assert not records.is_finished(folder, other)
     (folder.checkpoint / "latest_checkpointed_iteration.txt").write_text("10")
@@ -246,18 +270,18 @@ def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     ],
 )
 def test_the_log_line_that_says_why(log: str, line: str) -> None:
-    assert runner.error_line(log) == line
+    assert jobs.error_line(log) == line
 
 
 def test_failure_is_bad_input_only_where_the_run_says_so(tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     log.write_text("error: --lr: expected a number\n")
-    error = runner.failure("xielu", log, 1)
+    error = jobs.failure("xielu", log, 1)
     assert isinstance(error, UserError) and str(error) == f"xielu: --lr: expected a number (log: {log})"
     log.write_text("error: unexpected RuntimeError: no memory\n")
-    assert isinstance(runner.failure("xielu", log, 1), runner.RunFailed)
+    assert isinstance(jobs.failure("xielu", log, 1), jobs.RunFailed)
     log.write_text("")
-    assert str(runner.failure("xielu", log, -9)) == f"xielu: ended by SIGKILL (log: {log})"
+    assert str(jobs.failure("xielu", log, -9)) == f"xielu: ended by SIGKILL (log: {log})"
 
 
 def test_progress_without_a_terminal_prints_tenths() -> None:

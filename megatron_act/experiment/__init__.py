@@ -1,5 +1,5 @@
-"""Experiments: arms of equal compute from one YAML, run with torchrun, gathered into figures and one page.
+"""Experiments: arms of equal compute from one YAML, run with torchrun or Slurm, gathered into intervals and a page.
 
-``load_experiment(path)`` -> ``run_arms(experiment, output, layout)`` -> ``write_report(output)``;
-``tools/compare.py`` is these three calls.
+``parse.load_experiment(path)`` -> ``runner.run_arms(experiment, output, layout)`` -> ``report.write_report(output)``;
+``tools/compare.py`` is these three calls. ``plan`` decides which runs it takes, ``comparisons`` what may be said.
 """

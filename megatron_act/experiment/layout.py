@@ -87,15 +87,41 @@ def detect(ranks: int | None = None, tensor_parallel: int | None = None) -> Layo
         tensor_parallel=tensor_parallel or ranks,
         threads_per_rank=max(1, usable_cores() // ranks),
         transformer_engine=bool(gpus) and _has_transformer_engine(),
-        machine=f"{name} x {min(gpus, ranks)}" if gpus else f"{name}, {usable_cores()} cores",
+        machine=f"{name} x {min(gpus, ranks)}" if gpus else f"{name}, {_cores(usable_cores())}",
     )
 
 
-def override(layout: Layout, ranks: int | None, tensor_parallel: int | None) -> Layout:
-    """The same machine with the numbers that an experiment's file asks for (None keeps the machine's)."""
+def override(
+    layout: Layout, ranks: int | None, tensor_parallel: int | None, device: str | None = None, jobs: int = 1
+) -> Layout:
+    """The same machine with what an experiment's file asks for (None keeps the machine's), for ``jobs`` runs at a time.
+
+    ``device`` may be another than this machine's: a login node plans what its GPU nodes run.
+    """
     ranks = ranks or layout.ranks
-    threads = max(1, layout.threads_per_rank * layout.ranks // ranks)
-    return replace(layout, ranks=ranks, tensor_parallel=tensor_parallel or ranks, threads_per_rank=threads)
+    same = ranks == layout.ranks and jobs == 1
+    threads = layout.threads_per_rank if same else max(1, usable_cores() // (ranks * jobs))
+    there = layout.device == (device or layout.device)
+    return replace(
+        layout,
+        ranks=ranks,
+        tensor_parallel=tensor_parallel or ranks,
+        threads_per_rank=threads,
+        device=device or layout.device,
+        transformer_engine=layout.transformer_engine
+        if there
+        else device == "cuda" and find_spec("transformer_engine") is not None,
+        machine=layout.machine if there else f"a machine with {device}",
+    )
+
+
+def check_jobs(layout: Layout, jobs: int) -> None:
+    """Refuses more runs at a time than the machine has GPUs for: two runs on one GPU would time each other."""
+    import torch
+
+    gpus = torch.cuda.device_count() if layout.device == "cuda" else 0
+    if gpus and jobs * layout.ranks > gpus:
+        raise UserError(f"--jobs: expected at most {gpus // layout.ranks} ({gpus} GPUs), got {jobs}: lower it")
 
 
 def _has_transformer_engine() -> bool:
@@ -114,6 +140,10 @@ def usable_cores() -> int:
         return min(cores, max(1, int(quota) // int(period)))
     except (OSError, ValueError):  # no such file, or "max" for no quota
         return cores
+
+
+def _cores(number: int) -> str:
+    return f"{number} core{'s' if number > 1 else ''}"
 
 
 def cpu_name() -> str:

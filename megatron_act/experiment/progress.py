@@ -35,9 +35,10 @@ class Progress:
         label: the run's name.
         total: iterations of the run.
         stream: where to write (default: standard error).
+        position: line of the bar on a terminal, from 0, where several runs train at a time.
     """
 
-    def __init__(self, label: str, total: int, stream: TextIO | None = None) -> None:
+    def __init__(self, label: str, total: int, stream: TextIO | None = None, position: int = 0) -> None:
         self.label, self.total = label, total
         self.stream = stream or sys.stderr
         self.terminal = self.stream.isatty()
@@ -46,7 +47,13 @@ class Progress:
         form = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
         width = _columns(self.stream) if self.terminal else None
         self.bar = tqdm(
-            total=total, desc=label, file=self.stream, bar_format=form, ncols=width, disable=not self.terminal
+            total=total,
+            desc=label,
+            file=self.stream,
+            bar_format=form,
+            ncols=width,
+            disable=not self.terminal,
+            position=position,
         )
 
     def update(self, lines: list[dict[str, Any]]) -> None:

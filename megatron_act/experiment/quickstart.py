@@ -25,12 +25,14 @@ from megatron_act.data.preprocess import preprocess
 from megatron_act.data.source import expand_inputs, iter_texts
 from megatron_act.data.split import parse_split
 from megatron_act.errors import FAILED, run_cli
-from megatron_act.experiment.arms import Experiment, parse_experiment
+from megatron_act.experiment.arms import Experiment
+from megatron_act.experiment.jobs import RunFailed
 from megatron_act.experiment.layout import Layout, detect
+from megatron_act.experiment.parse import parse_experiment
 from megatron_act.experiment.records import is_finished, run_folder
 from megatron_act.experiment.report import write_report
 from megatron_act.experiment.results import collect
-from megatron_act.experiment.runner import RunFailed, run_arms
+from megatron_act.experiment.runner import run_arms
 from megatron_act.experiment.table import match_lines, terminal_table
 from megatron_act.model_args import Flags
 
@@ -56,12 +58,13 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
-def prepare_data(inputs: Sequence[str], folder: Path) -> None:
+def prepare_data(inputs: Sequence[str], folder: Path, vocab_size: int = VOCAB_SIZE) -> None:
     """Trains the tokenizer and writes ``text_train`` and ``text_valid`` (.bin/.idx); keeps what the same inputs made.
 
     Args:
         inputs: parquet files with columns ``text`` and ``id``.
         folder: gets ``tokenizer/``, the token files and ``text.manifest.json``.
+        vocab_size: of the tokenizer.
 
     Raises:
         UserError: bad input.
@@ -70,7 +73,7 @@ def prepare_data(inputs: Sequence[str], folder: Path) -> None:
         print(f"data: {folder} holds the tokens of these files, kept")
         return
     texts = itertools.islice(iter_texts(inputs), TOKENIZER_DOCUMENTS)
-    size = train_bpe(texts, VOCAB_SIZE, folder / "tokenizer", overwrite=True)
+    size = train_bpe(texts, vocab_size, folder / "tokenizer", overwrite=True)
     split = parse_split(["train:0.95", "valid:0.05"])
     manifest = preprocess(inputs, folder / "tokenizer", folder / "text", split=split, overwrite=True)
     tokens = ", ".join(f"{part['tokens']:,} {part['name']}" for part in manifest["outputs"])

@@ -2,13 +2,17 @@
 
 <output>/runs/<arm>-seed<N>/metrics.jsonl   what megatron_act.telemetry writes
                             log.txt         Megatron's own output
+                            cache/          Megatron's sample index, while the run goes on
                             checkpoint/     torch_dist, at the last iteration
                             run.json        written last: the command and the inputs of a finished run
 """
 
+import functools
 import hashlib
 import json
+import math
 import shutil
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,11 @@ class RunFolder:
     def checkpoint(self) -> Path:
         """What Megatron's ``--load`` takes."""
         return self.path / "checkpoint"
+
+    @property
+    def cache(self) -> Path:
+        """Megatron's sample index: of this run alone, as two runs must not write the same files at once."""
+        return self.path / "cache"
 
     @property
     def record(self) -> Path:
@@ -77,14 +86,17 @@ def fingerprint(word: str) -> str | None:
     A ``.bin`` may be a terabyte: its size, first and last MiB stand for it, beside the whole ``.idx``.
     """
     index, tokens, tokenizer = Path(word + ".idx"), Path(word + ".bin"), Path(word) / "tokenizer.json"
-    digest = hashlib.sha256()
-    if index.is_file() and tokens.is_file():
-        digest.update(index.read_bytes())
+    for files in ((index, tokens), (tokenizer,)):
+        if all(file.is_file() for file in files):
+            return _digest(files, tuple((stat.st_size, stat.st_mtime_ns) for stat in (file.stat() for file in files)))
+    return None
+
+
+@functools.cache  # by size and time too: an index is read once, not once a run
+def _digest(files: tuple[Path, ...], stamps: tuple[tuple[int, int], ...]) -> str:
+    digest = hashlib.sha256(files[0].read_bytes())
+    for tokens in files[1:]:
         digest.update(_ends(tokens))
-    elif tokenizer.is_file():
-        digest.update(tokenizer.read_bytes())
-    else:
-        return None
     return digest.hexdigest()
 
 
@@ -96,12 +108,13 @@ def _ends(path: Path) -> bytes:
         return start + file.read() + str(size).encode()
 
 
-def write_record(folder: RunFolder, run: Run, command: list[str], seconds: float) -> None:
-    """Marks the run as finished."""
-    record = {**signature(run), "command": command, "seconds": round(seconds, 1)}
+def write_record(folder: RunFolder, run: Run, command: list[str], seconds: float, layout: str = "") -> None:
+    """Marks the run as finished; ``layout`` says where it ran, ``seconds`` how long, start-up included."""
+    record = {**signature(run), "command": command, "seconds": round(seconds, 1), "layout": layout}
     draft = folder.record.with_suffix(".partial")
     draft.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     draft.replace(folder.record)
+    shutil.rmtree(folder.cache, ignore_errors=True)
 
 
 def is_finished(folder: RunFolder, run: Run) -> bool:
@@ -114,3 +127,15 @@ def is_finished(folder: RunFolder, run: Run) -> bool:
         return False
     same = all(record.get(key) == value for key, value in signature(run).items())
     return same and saved == str(run.train_iters) and bool(steps)
+
+
+def final_validation(folder: RunFolder) -> float | None:
+    """The last validation loss of a run, in nats per token; None without one or where it is not finite."""
+    lines = read_lines(folder.metrics)
+    losses = [line["loss"] for line in lines if line["event"] == "evaluation" and line["split"] == "validation"]
+    return losses[-1] if losses and math.isfinite(losses[-1]) else None
+
+
+def step_seconds(folder: RunFolder) -> float:
+    """Median time of a training step, without evaluations and checkpoints."""
+    return statistics.median(line["step_seconds"] for line in read_lines(folder.metrics) if line["event"] == "step")

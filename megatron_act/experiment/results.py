@@ -1,89 +1,47 @@
-"""From the runs' JSONL files to figures: ``results.json`` holds every number that the page shows."""
+"""From the runs' JSONL files to figures: ``results.json`` holds every number that the page shows.
+
+``summary.json`` is the same without curves, commands and paths: small enough to be kept beside the text that quotes it.
+"""
 
 import json
 import math
 import statistics
-from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from megatron_act.errors import UserError
+from megatron_act.experiment import curves
+from megatron_act.experiment.comparisons import SPREAD, compare, spread
+from megatron_act.experiment.curves import Curve
+from megatron_act.experiment.held_out import HeldOut
 from megatron_act.experiment.records import RunFolder, read_lines
 
 EXPORT_KEYS = ("family", "max_logit_difference", "generated")
-FINAL_SHARE = 0.1  # of the logged steps: their mean is the final training loss
 ONE_SEED = "1 seed: no interval, no winner claimed"
 
-
-@dataclass(frozen=True)
-class Curve:
-    """A run's logged steps: equally long lists, one entry per step.
-
-    Attributes:
-        iterations: training steps done.
-        tokens: tokens trained on.
-        losses: training loss in nats per token (None where the step was skipped).
-        seconds: wall time since the first step.
-        scalars: effective values, ``scalars[name][step][layer]``.
-    """
-
-    iterations: list[int]
-    tokens: list[int]
-    losses: list[float | None]
-    seconds: list[float]
-    scalars: dict[str, list[list[float]]]
+Result = dict[str, Any]
 
 
-def read_curve(lines: list[dict[str, Any]]) -> Curve:
-    """The step lines of a JSONL as columns; of an iteration that a resumed run repeated, the last one."""
-    steps = list({line["iteration"]: line for line in lines if line["event"] == "step"}.values())
-    names = steps[0]["scalars"] if steps else {}
-    columns = {key: [step[key] for step in steps] for key in ("iteration", "tokens", "loss", "seconds")}
-    scalars = {name: [step["scalars"][name] for step in steps] for name in names}
-    return Curve(columns["iteration"], columns["tokens"], columns["loss"], columns["seconds"], scalars)
-
-
-def final_loss(curve: Curve) -> float:
-    """Mean training loss of the last tenth of the logged steps (at least one), in nats per token."""
-    losses = [loss for loss in curve.losses if loss is not None]
-    return statistics.fmean(losses[-max(1, math.ceil(FINAL_SHARE * len(losses))) :])
-
-
-def validation_loss(lines: list[dict[str, Any]]) -> float | None:
-    """The last validation loss, in nats per token; None where nothing was evaluated."""
-    losses = [line["loss"] for line in lines if line["event"] == "evaluation" and line["split"] == "validation"]
-    return losses[-1] if losses else None
-
-
-def tokens_per_second(curve: Curve) -> float | None:
-    """Median speed between logged steps: evaluations and checkpoints in between do not count."""
-    points = list(zip(curve.tokens, curve.seconds, strict=True))
-    speeds = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in pairwise(points) if b[1] > a[1]]
-    return statistics.median(speeds) if speeds else None
-
-
-def run_result(entry: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Every figure of one run.
+def run_result(entry: Result, output: Path, held_out: HeldOut | None = None) -> Result | None:
+    """Every figure of one run; None where it has not logged a step.
 
     Args:
         entry: the run in ``experiment.json``.
         output: the experiment's folder.
-
-    Raises:
-        UserError: the run left no metrics.
+        held_out: what the validation loss is over, for bits per byte.
     """
     folder = RunFolder(output / entry["folder"])
     lines = read_lines(folder.metrics)
-    curve = read_curve(lines)
+    curve = curves.read_curve(lines)
     start = next((line for line in lines if line["event"] == "start"), None)
     if start is None or not curve.iterations:
-        raise UserError(f"{folder.metrics}: expected a run's metrics, got none: leave out --report-only")
+        return None
     match, tokens = entry["match"], curve.tokens[-1]
-    loss = validation_loss(lines)
+    train, loss = curves.final_loss(curve), curves.validation_loss(curve)
     return {
-        **{key: entry[key] for key in ("name", "activation", "seed", "command", "train_iters")},
+        **{key: entry[key] for key in ("name", "activation", "seed", "rate", "folder", "command", "train_iters")},
         "finished": folder.record.is_file(),
+        "diverged": train is None or (loss is None and bool(curve.validation)),
         "ffn_hidden_size": match["ffn_hidden_size"],
         "parameters": match["parameters"],
         "parameters_without_embeddings": match["parameters_without_embeddings"],
@@ -91,18 +49,23 @@ def run_result(entry: dict[str, Any], output: Path) -> dict[str, Any]:
         "flops_per_token": match["flops_per_token"],
         "tokens": tokens,
         "total_flops": tokens * match["flops_per_token"],
-        "final_train_loss": final_loss(curve),
+        "final_train_loss": train,
         "validation_loss": loss,
         "validation_perplexity": None if loss is None else math.exp(loss),
-        "tokens_per_second": tokens_per_second(curve),
+        "bits_per_byte": None if loss is None or held_out is None else held_out.bits_per_byte(loss),
+        "tokens_per_second": curves.tokens_per_second(curve),
+        "train_seconds": curve.train_seconds[-1],
+        "peak_memory_bytes": curves.peak_memory(lines),
+        "telemetry_share": curves.telemetry_share(lines),
         "scalars_initial": initial_scalars(entry, curve),
         "scalars_final": {name: values[-1] for name, values in curve.scalars.items()},
+        "fractions_final": {name: values[-1] for name, values in curve.fractions.items()},
         "versions": start["versions"],
         "curve": vars(curve),
     }
 
 
-def initial_scalars(entry: dict[str, Any], curve: Curve) -> dict[str, list[float]]:
+def initial_scalars(entry: Result, curve: Curve) -> dict[str, list[float]]:
     """Effective values before the first step, by layer: the registry's, or those of ``--activation-init``."""
     from megatron_act.arguments import parse_init
     from megatron_act.kernels import api as kernels
@@ -115,62 +78,121 @@ def initial_scalars(entry: dict[str, Any], curve: Curve) -> dict[str, list[float
     return {param.name: [given.get(param.name, param.init)] * layers for param in params}
 
 
-def spread(values: list[float | None]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds; the latter None for one seed, both None where a value is absent."""
-    present = [value for value in values if value is not None]
-    if len(present) != len(values):
-        return {"mean": None, "sd": None}
-    return {"mean": statistics.fmean(present), "sd": statistics.stdev(present) if len(present) > 1 else None}
-
-
-SPREAD_KEYS = ("final_train_loss", "validation_loss", "validation_perplexity", "tokens_per_second")
-
-
-def arm_result(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """One arm over its seeds: the figures that all runs share, and the spread of those that differ."""
+def arm_result(runs: list[Result]) -> Result:
+    """One arm at equal tokens over its seeds: the figures that all runs share, and the spread of those that differ."""
     first = runs[0]
     shared = (
-        *("name", "activation", "ffn_hidden_size", "parameters", "parameters_without_embeddings", "parameters_built"),
-        *("flops_per_token", "tokens", "total_flops"),
+        *("name", "activation", "rate", "ffn_hidden_size", "parameters", "parameters_without_embeddings"),
+        *("parameters_built", "flops_per_token", "tokens", "total_flops", "scalars_initial"),
     )
     return {
         **{key: first[key] for key in shared},
         "seeds": [run["seed"] for run in runs],
-        **{key: spread([run[key] for run in runs]) for key in SPREAD_KEYS},
-        "scalars_initial": first["scalars_initial"],
-        "scalars_final": {
-            name: [statistics.fmean(layer) for layer in zip(*(run["scalars_final"][name] for run in runs), strict=True)]
-            for name in first["scalars_final"]
-        },
+        **{key: spread([run[key] for run in runs]) for key in SPREAD},
+        **{key: _by_layer([run[key] for run in runs]) for key in ("scalars_final", "fractions_final")},
     }
 
 
-def collect(output: str | Path) -> dict[str, Any]:
+def _by_layer(values: list[dict[str, list[float]]]) -> dict[str, list[float]]:
+    """Means over runs, by name and layer."""
+    return {
+        name: [statistics.fmean(layer) for layer in zip(*(value[name] for value in values), strict=True)]
+        for name in values[0]
+    }
+
+
+def collect(output: str | Path) -> Result:
     """Every figure of an experiment's folder; see `write_results`.
 
     Raises:
-        UserError: no ``experiment.json``, or a run without metrics.
+        UserError: no ``experiment.json``, or no run at equal tokens that has logged a step.
     """
     output = Path(output)
-    try:
-        description = json.loads((output / "experiment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UserError(f"{output}: expected an experiment's folder, got no experiment.json: run it first") from None
-    runs = [run_result(entry, output) for entry in description["runs"]]
-    names = dict.fromkeys(run["name"] for run in runs)
-    seeds = len({run["seed"] for run in runs})
+    description = _description(output)
+    held_out = HeldOut(**description["held_out"]) if description["held_out"] else None
+    found = [run_result(entry, output, held_out) for entry in description["runs"]]
+    runs = [run for run in found if run]
+    main = _at(runs, description, description["steps_by_arm"])
+    if not any(main.values()):
+        raise UserError(f"{output}: expected runs with metrics, got none: leave out --report-only")
     return {
-        **{key: description[key] for key in ("name", "baseline", "layout", "machine", "data")},
-        "seeds": seeds,
-        "note": ONE_SEED if seeds == 1 else f"{seeds} seeds: mean ± standard deviation",
+        **{key: description[key] for key in _KEPT},
+        "layout": _layouts(output, description),
+        "note": _note(main),
+        "missing": [entry["folder"] for entry, run in zip(description["runs"], found, strict=True) if run is None],
         "match": {entry["name"]: entry["match"] for entry in description["runs"]},
-        "arms": [arm_result([run for run in runs if run["name"] == name]) for name in names],
+        "arms": [arm_result(group) for group in main.values() if group],
+        "budgets": {
+            name: compare({arm: _finished(group) for arm, group in _at(runs, description, steps).items()}, steps)
+            for name, steps in description["budgets"].items()
+        },
+        "sweep": _sweep(runs, description),
+        "main": [run["folder"] for group in main.values() for run in group],
         "runs": runs,
         "export": read_export(output),
     }
 
 
-def read_export(output: Path) -> dict[str, Any]:
+_KEPT = (
+    *("name", "baseline", "reference", "machine", "data", "corpus", "held_out", "seeds", "steps", "waiting"),
+    *("learning_rates", "tuning_seeds", "rates"),
+)
+
+
+def _description(output: Path) -> Result:
+    try:
+        description = json.loads((output / "experiment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{output}: expected an experiment's folder, got no experiment.json: run it first") from None
+    names = dict.fromkeys(entry["name"] for entry in description["runs"])
+    return {**description, "steps_by_arm": dict.fromkeys(names, description["steps"])}
+
+
+def _at(runs: list[Result], description: Result, steps: dict[str, int]) -> dict[str, list[Result]]:
+    """The runs of one comparison by arm: the chosen learning rate, these steps, the seeds that judge."""
+    rates = description["rates"]
+    return {
+        arm: [
+            run
+            for run in runs
+            if run["name"] == arm
+            and run["train_iters"] == steps[arm]
+            and run["rate"] == rates.get(arm)
+            and run["seed"] in description["seeds"]
+        ]
+        for arm in description["steps_by_arm"]
+    }
+
+
+def _finished(runs: list[Result]) -> list[Result]:
+    return [run for run in runs if run["finished"]]
+
+
+def _note(main: dict[str, list[Result]]) -> str:
+    seeds = max(len(group) for group in main.values())
+    return ONE_SEED if seeds == 1 else f"{seeds} seeds: mean ± half of the 95 % interval (Student's t)"
+
+
+def _sweep(runs: list[Result], description: Result) -> dict[str, dict[str, list[float | None]]]:
+    """Validation losses of the tuning runs, by arm and learning rate."""
+    found: dict[str, dict[str, list[float | None]]] = {}
+    for run in _finished(runs):
+        if run["seed"] in description["tuning_seeds"]:
+            found.setdefault(run["name"], {}).setdefault(f"{run['rate']:g}", []).append(run["validation_loss"])
+    return found
+
+
+def _layouts(output: Path, description: Result) -> str:
+    """Where the runs really ran: tasks of a job array may meet several kinds of machine."""
+    found: dict[str, None] = {}
+    for entry in description["runs"]:
+        record = RunFolder(output / entry["folder"]).record
+        if record.is_file() and (layout := json.loads(record.read_text(encoding="utf-8")).get("layout")):
+            found[layout] = None
+    return "; ".join(found) or description["layout"]
+
+
+def read_export(output: Path) -> Result:
     """Exported arms by ``export.json``: ``{arm: {family, max_logit_difference, generated}}``; may be empty."""
     try:
         arms = json.loads((output / "export.json").read_text(encoding="utf-8"))["arms"]
@@ -183,8 +205,22 @@ def read_export(output: Path) -> dict[str, Any]:
         ) from None
 
 
-def write_results(output: str | Path, results: dict[str, Any]) -> Path:
-    """Writes ``results.json`` and returns its path."""
+SUMMARY_RUN = (
+    *("name", "seed", "rate", "train_iters", "finished", "diverged", "tokens", "total_flops", "train_seconds"),
+    *("final_train_loss", "validation_loss", "bits_per_byte", "tokens_per_second", "peak_memory_bytes"),
+    *("telemetry_share", "versions"),
+)
+
+
+def write_results(output: str | Path, results: Result) -> Path:
+    """Writes ``results.json`` (and ``summary.json``) and returns its path."""
     path = Path(output) / "results.json"
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(results) + "\n", encoding="utf-8")
+    path.with_name("summary.json").write_text(json.dumps(summary(results), indent=1) + "\n", encoding="utf-8")
     return path
+
+
+def summary(results: Result) -> Result:
+    """The results without curves, commands and paths of this machine."""
+    runs = [{key: run[key] for key in SUMMARY_RUN} for run in results["runs"]]
+    return {**{key: value for key, value in results.items() if key not in ("data", "export", "main")}, "runs": runs}

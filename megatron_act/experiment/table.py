@@ -4,17 +4,19 @@ from typing import Any
 
 NOTHING = "-"
 HEADINGS = (
-    *("arm", "MLP width", "parameters", "without embeddings", "FLOPs/token", "total FLOPs"),
-    *("train loss", "validation loss", "perplexity", "tokens/s", "scalars: initial → range over layers"),
+    *("arm", "MLP width", "parameters", "without embeddings", "FLOPs/token", "total FLOPs", "train loss"),
+    *("validation loss", "perplexity", "bits/byte", "tokens/s", "peak memory", "scalars: initial → range over layers"),
 )
+GIB = 2**30
 
 
 def with_spread(value: dict[str, float | None], digits: int) -> str:
-    """``3.142`` for one seed, ``3.142 ± 0.010`` for more, a dash where nothing was measured."""
-    if value["mean"] is None:
+    """``3.1420`` for one seed, ``3.1420 ± 0.0100`` with half the 95 % interval for more, a dash for nothing."""
+    mean, high = value["mean"], value["high"]
+    if mean is None:
         return NOTHING
-    mean = f"{value['mean']:,.{digits}f}"
-    return mean if value["sd"] is None else f"{mean} ± {value['sd']:,.{digits}f}"
+    text = f"{mean:,.{digits}f}"
+    return text if high is None else f"{text} ± {high - mean:,.{digits}f}"
 
 
 def scalars_text(arm: dict[str, Any]) -> str:
@@ -25,6 +27,11 @@ def scalars_text(arm: dict[str, Any]) -> str:
         for name, final in arm["scalars_final"].items()
     )
     return ", ".join(parts) or NOTHING
+
+
+def memory_text(value: dict[str, float | None]) -> str:
+    """Mean peak in GiB."""
+    return NOTHING if value["mean"] is None else f"{value['mean'] / GIB:.2f} GiB"
 
 
 def result_rows(results: dict[str, Any]) -> list[list[str]]:
@@ -40,7 +47,9 @@ def result_rows(results: dict[str, Any]) -> list[list[str]]:
             with_spread(arm["final_train_loss"], 4),
             with_spread(arm["validation_loss"], 4),
             with_spread(arm["validation_perplexity"], 2),
+            with_spread(arm["bits_per_byte"], 4),
             with_spread(arm["tokens_per_second"], 0),
+            memory_text(arm["peak_memory_bytes"]),
             scalars_text(arm),
         ]
         for arm in results["arms"]
@@ -117,4 +126,10 @@ def terminal_table(results: dict[str, Any]) -> str:
     shown = ("arm", "MLP width", "parameters", "train loss", "validation loss", "perplexity", "tokens/s", HEADINGS[-1])
     columns = [HEADINGS.index(name) for name in shown]
     rows = [[row[column] for column in columns] for row in result_rows(results)]
-    return f"{plain(shown, rows)}\n{results['note']}"
+    verdicts = [
+        f"equal {budget}: {pair['verdict']}"
+        for budget, found in results["budgets"].items()
+        for pair in found["pairs"]
+        if pair["p"] is not None
+    ]
+    return "\n".join([plain(shown, rows), *verdicts, results["note"]])
