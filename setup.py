@@ -53,6 +53,7 @@ setup(
         "megatron_act.checkpoint",
         "megatron_act.experiment",
         "megatron_act.benchmark",
+        "megatron_act.launch",
     ],
     package_data={"megatron_act.data": ["*.parquet", "*.md"]},
     install_requires=[

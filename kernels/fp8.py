@@ -63,17 +63,16 @@ class Quantized:
 
     def values(self) -> Tensor:
         """fp32 [M, K] of the row-wise half, exactly."""
-        if self.recipe == "plain":
-            return self.data.float()
-        found = decode(self.data, self.format)
-        if self.recipe == "tensor" or self.scale_inv is None:
+        data = self.data.flatten(0, -2)
+        if self.scale_inv is None:
+            return data.float()
+        found, (rows, cols) = decode(data, self.format), data.shape
+        if self.recipe == "tensor":
             return found * self.scale_inv
-        (rows, cols), length = self.data.shape, BLOCK if self.recipe == "blockwise" else MX_BLOCK
         if self.recipe == "blockwise":
-            scales = self.scale_inv.T
-        else:
-            scales = e8m0_value(unswizzle(self.scale_inv) if self.swizzled else self.scale_inv)
-        return found * scales.repeat_interleave(length, 1)[:rows, :cols]
+            return found * self.scale_inv.T.repeat_interleave(BLOCK, 1)[:rows, :cols]
+        codes = unswizzle(self.scale_inv) if self.swizzled else self.scale_inv
+        return found * e8m0_value(codes).repeat_interleave(MX_BLOCK, 1)[:rows, :cols]
 
 
 @dataclass(frozen=True)

@@ -67,21 +67,27 @@ def check_recipe(recipe: str, format: str, rows: int, cols: int, swizzled: bool)
         raise ValueError(f"swizzled: expected recipe mxfp8, got {recipe}, whose scales have one order; leave it out")
 
 
-def check_quantized(label: str, q: Quantized, rows: int, cols: int, device: torch.device) -> None:
-    """Raises ValueError where a part of ``q`` is not what its recipe has for [rows, cols], in size, dtype or device."""
+def check_quantized(label: str, q: Quantized, like: Tensor) -> None:
+    """Raises ValueError where a part of ``q`` is not its recipe's for the matrix ``like``: size, dtype, device."""
+    rows, cols = like.shape
     check_recipe(q.recipe, q.format, rows, cols, q.swizzled)
+    if q.recipe == "plain" and (not q.data.is_floating_point() or q.data.itemsize < 2):
+        raise ValueError(
+            f"{label}.data: expected a float dtype for recipe 'plain', got {q.data.dtype}; name its recipe"
+        )
     wanted = empty(q.recipe, rows, cols, "meta", format=q.format, swizzled=q.swizzled, dtype=q.data.dtype)
     for part in ("data", "scale_inv", "columnwise", "columnwise_scale_inv", "amax"):
-        _check_part(f"{label}.{part}", getattr(q, part), getattr(wanted, part), device)
+        _check_part(f"{label}.{part}", getattr(q, part), getattr(wanted, part), like.device)
     if q.scale_inv is None and q.recipe != "plain":
         raise ValueError(f"{label}.scale_inv: expected a tensor for recipe {q.recipe!r}, got None; give one")
 
 
-def check_kept(kept: Kept, rows: int, cols: int, device: torch.device) -> None:
-    """Raises ValueError where ``kept`` does not fit [rows, cols]."""
+def check_kept(kept: Kept, like: Tensor) -> None:
+    """Raises ValueError where ``kept`` does not fit the matrix ``like``."""
+    rows, cols = like.shape
     wanted = empty_kept(rows, cols, "meta")
-    _check_part("kept.data", kept.data, wanted.data, device)
-    _check_part("kept.scales", kept.scales, wanted.scales, device)
+    _check_part("kept.data", kept.data, wanted.data, like.device)
+    _check_part("kept.scales", kept.scales, wanted.scales, like.device)
 
 
 def _check_part(label: str, part: Tensor | None, wanted: Tensor | None, device: torch.device) -> None:

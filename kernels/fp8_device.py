@@ -1,9 +1,9 @@
 """FP8 numbers and scales on the device: twins of the functions of ``fp8.py``, elementwise, no pointers.
 
-CASTS says which casts are the device's: ``fp8`` (from sm_89 on: cvt.rn.satfinite, one rounding), ``bf16`` (sm_80: FP8 is
-rounded by integers), ``none`` (Triton's interpreter, whose casts truncate: all by integers). The casts are written in
-PTX, because Triton's own go from fp32 to e4m3 through fp16 on sm_89, which rounds twice, convert bf16 one at a time on
-the special function unit, and turn an infinity into the infinity of e5m2 in the interpreter.
+CASTS says which casts are the device's: ``fp8`` (from sm_89 on: cvt.rn.satfinite, one rounding), ``bf16`` (sm_80: FP8
+is rounded by integers), ``none`` (Triton's interpreter, whose casts truncate: all by integers). The casts to narrower
+types are PTX: Triton's own go from fp32 to e4m3 through fp16 on sm_89, which rounds twice, and its bf16 casts of values
+that are widened again come one at a time, on the slow conversion unit.
 """
 # mypy: ignore-errors
 

@@ -13,29 +13,36 @@ from megatron_act.kernels.ops import INTERPRETED, SUM_BLOCK, SUM_WARPS
 from megatron_act.kernels.quantized import backward_kernel, forward_kernel
 from megatron_act.kernels.template import sum_kernel
 
-BM, BN = 32, 128  # a tile; ROWS: of a program, whole blocks of 128 x 128 and of 128 rows of scales
-ROWS = 128
+ROWS, BN = 128, 128  # of a program: whole blocks of 128 x 128, and whole 128 x 4 tiles of scales
 CAPABILITY = (8, 9)  # the first with FP8 casts (Ada)
 
 
 class Recipe(NamedTuple):
-    """How a recipe is written and read. held: tiles at a time; warps: 16 to 32 elements of a tile for a thread.
+    """How a recipe is written and read.
 
-    Blockwise holds 128 x 128 elements: with 16 warps every activation does so without spills. The scales of mxfp8 for
-    32 rows cost a thread as much as the columns that it holds: 4 warps hold two rows of each.
+    Attributes:
+        rows, held: of a tile, and tiles held until they are stored: together a block of column-wise scales.
+        warps: so many that a thread has 16 elements of a tile, what it stores of FP8 at once, in one row. With fewer
+            rows of mxfp8 in a program, fewer threads compute the same column's scale.
     """
 
     store: Any
     load: Any
+    rows: int
     held: int
     warps: int
 
+    @property
+    def constants(self) -> dict[str, int]:
+        """Of the kernels."""
+        return {"BM": self.rows, "BN": BN, "HELD": self.held, "LOOPS": ROWS // self.rows // self.held}
+
 
 RECIPES = {
-    "plain": Recipe(stores.store_plain, operands.load_plain, 1, 8),
-    "tensor": Recipe(stores.store_tensor, operands.load_tensor, 1, 8),
-    "blockwise": Recipe(stores.store_blockwise, operands.load_blockwise, 4, 16),
-    "mxfp8": Recipe(stores.store_mxfp8, operands.load_mxfp8, 1, 4),
+    "plain": Recipe(stores.store_plain, operands.load_plain, 32, 1, 8),
+    "tensor": Recipe(stores.store_tensor, operands.load_tensor, 32, 1, 8),
+    "blockwise": Recipe(stores.store_blockwise, operands.load_blockwise, 32, 4, 8),
+    "mxfp8": Recipe(stores.store_mxfp8, operands.load_mxfp8, 16, 2, 4),
 }
 
 
@@ -51,7 +58,7 @@ def launch_forward(
     scale: Tensor | None, kept: Kept | None, round_bf16: bool,
 ) -> None:  # fmt: skip
     """Fills ``out``, ``amax`` and ``kept``, each where it is not None, from x [M, K]."""
-    grid, width, options = _shape(name, *x.shape, "tensor" if out is None else out.recipe, x.device)
+    grid, width, options = _shape(name, x, "tensor" if out is None else out.recipe)
     with torch.cuda.device_of(x):
         forward_kernel[grid](
             (x, x.stride(0)), bias, tuple(params), None if out is None else _pointers(out, scale), amax,
@@ -66,18 +73,18 @@ def launch_backward(
     out: Quantized, scale: Tensor | None, round_bf16: bool,
 ) -> tuple[tuple[Tensor, ...], Tensor | None]:  # fmt: skip
     """Fills ``out``; (each raw parameter's gradient, dbias). x and a float grad: [M, K]."""
-    rows, cols = shape = x.data.shape
-    device = x.data.device
-    grid, width, options = _shape(name, rows, cols, out.recipe, device)
+    like = x if isinstance(x, Tensor) else x.data
+    grid, width, options = _shape(name, like, out.recipe)
+    cols, device = like.shape[1], like.device
     g = Quantized(grad) if isinstance(grad, Tensor) else grad
     partial = torch.empty(len(params), grid[0], device=device)
     sums = None if bias is None else torch.empty(grid[0] // width, cols, device=device)
     grads = tuple(torch.empty_like(p) for p in params)
-    with torch.cuda.device_of(x.data):
+    with torch.cuda.device_of(like):
         backward_kernel[grid](
             (x, x.stride(0)) if isinstance(x, Tensor) else (x.data, cols, x.scales, x.scales.shape[-1]),
             bias if isinstance(x, Tensor) else None, _operand(g, cols), tuple(params), _pointers(out, scale), out.amax,
-            partial, sums, *shape, width, BWD=registry.get(name).bwd, LOAD_G=RECIPES[g.recipe].load,
+            partial, sums, *like.shape, width, BWD=registry.get(name).bwd, LOAD_G=RECIPES[g.recipe].load,
             LOAD=operands.load_plain if isinstance(x, Tensor) else operands.load_mxfp8,
             FORMAT_G=g.format, SWIZZLED_G=g.swizzled, ROUND=_rounds(out, round_bf16), **_store(out), **options,
         )  # fmt: skip
@@ -91,15 +98,14 @@ def launch_backward(
     return grads, sums.sum(0, dtype=torch.float64).to(bias.dtype)
 
 
-def _shape(
-    name: str, rows: int, cols: int, recipe: str, device: torch.device
-) -> tuple[tuple[int], int, dict[str, Any]]:
+def _shape(name: str, like: Tensor, recipe: str) -> tuple[tuple[int], int, dict[str, Any]]:
     """(grid, programs across, the constants that follow from recipe, shape and device)"""
+    rows, cols = like.shape
     kind, width = RECIPES[recipe], triton.cdiv(cols, BN)
     options = {
-        "SOFTPLUS": tuple(p.constrain == "softplus" for p in registry.get(name).params), "CASTS": casts_of(device),
-        "WHOLE": rows % ROWS == 0 and cols % BN == 0, "BM": BM, "BN": BN, "HELD": kind.held,
-        "LOOPS": ROWS // BM // kind.held, "num_warps": kind.warps, "enable_fp_fusion": True,
+        "SOFTPLUS": tuple(p.constrain == "softplus" for p in registry.get(name).params), "CASTS": casts_of(like.device),
+        "WHOLE": rows % ROWS == 0 and cols % BN == 0, "num_warps": kind.warps, "enable_fp_fusion": True,
+        **kind.constants,
     }  # fmt: skip
     return (triton.cdiv(rows, ROWS) * width,), width, options
 
@@ -128,7 +134,7 @@ def _pointers(q: Quantized, scale: Tensor | None) -> tuple[Any, ...]:
 def _operand(q: Quantized, cols: int) -> tuple[Any, ...]:
     """IN of the recipe's load."""
     if q.recipe == "plain":
-        return q.data, q.data.stride(0)
+        return q.data, q.data.stride(-2)
     if q.recipe == "tensor":
         return q.data, cols, q.scale_inv
     return q.data, cols, q.scale_inv, q.scale_inv.shape[-1]  # type: ignore[union-attr]

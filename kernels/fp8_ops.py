@@ -51,7 +51,7 @@ def forward(
     rows = _checked(name, x, params, bias)
     _check_out(out, rows, scale)
     if kept is not None:
-        check_kept(kept, *rows.shape, rows.device)
+        check_kept(kept, rows)
     if rows.numel() == 0:
         return out
     if _triton(rows, backend, out.recipe):
@@ -90,22 +90,22 @@ def backward(
     """
     if isinstance(x, Kept):  # a stand-in: arguments are checked against its columns and device
         stand_in = _checked(name, torch.empty((0, x.data.shape[-1]), device=x.data.device), params, bias)
-        check_kept(x, *x.data.shape, stand_in.device)
-        rows, z = x.data, x
+        rows = x.data
+        check_kept(x, rows)
     else:
-        stand_in = rows = z = _checked(name, x, params, bias)
+        x = stand_in = rows = _checked(name, x, params, bias)
     _check_out(out, rows, scale)
     if isinstance(grad, Quantized):
-        check_quantized("grad", grad, *rows.shape, rows.device)
+        check_quantized("grad", grad, rows)
     else:
         grad = _matrix(grad.detach().reshape(rows.shape))
     if rows.numel() == 0:
         return out, tuple(torch.zeros_like(p) for p in params), None if bias is None else torch.zeros_like(bias)
     if _triton(stand_in, backend, out.recipe):
-        return out, *launch_backward(name, grad, z, params, bias, out, scale, round_bf16)
+        return out, *launch_backward(name, grad, x, params, bias, out, scale, round_bf16)
     dx, dparams = _gradients(
         name, grad.values() if isinstance(grad, Quantized) else grad.float(),
-        z.values() if isinstance(z, Kept) else _biased(z, bias), params,
+        x.values() if isinstance(x, Kept) else _biased(x, bias), params,
     )  # fmt: skip
     return _fill(out, dx, scale, round_bf16), dparams, None if bias is None else dx.sum(0).to(bias.dtype)
 
@@ -136,7 +136,7 @@ def _biased(rows: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _check_out(out: Quantized, rows: Tensor, scale: Tensor | None) -> None:
-    check_quantized("out", out, *rows.shape, rows.device)
+    check_quantized("out", out, rows)
     if out.recipe == "tensor" and (scale is None or scale.numel() != 1 or scale.dtype != torch.float32):
         got = "None" if scale is None else f"{scale.dtype} of {scale.numel()}"
         raise ValueError(f"scale: expected an fp32 tensor of one element for recipe 'tensor', got {got}; give one")

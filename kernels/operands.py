@@ -1,7 +1,7 @@
 """How a tile of an operand is read: a float tensor, or FP8 with its scales, by recipe.
 
-A load takes IN = (DATA, row stride[, scales[, pitch]]), the tile's first row and column and gives fp32 [BM, BN], 0 where
-the tensor ends. The scales are the row-wise ones of ``fp8.Quantized``, or those of ``fp8.Kept``.
+A load takes IN = (DATA, row stride[, scales[, pitch]]) and the tile's first row and column; it gives fp32 [BM, BN], 0
+where the tensor ends. The scales are the row-wise ones of ``fp8.Quantized``, or those of ``fp8.Kept``.
 """
 # mypy: ignore-errors
 

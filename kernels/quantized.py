@@ -4,9 +4,11 @@
     backward  out = store(g f'(z)), and the parameters' and the bias' gradients as in ``template.py``; x is float, with
               its bias, or kept; g is float or FP8
 
-A program works off ROWS x 128 elements in tiles of 32 x 128, HELD of them at a time: the blockwise store needs 128 x 128
-at once and gets it as bf16, half of what the sums and scales between would take. All programs together cover whole
-blocks of 128 x 128. Recipes and layouts: ``fp8.py``; loads: ``operands.py``; stores: ``stores.py``.
+A program works off 128 x 128 elements, whole blocks both ways, in tiles of BM x BN: HELD of them are made one after the
+other before they are stored, LOOPS times. Blockwise scales need all 128 rows at once, those of mxfp8 32; they are held
+as bf16. A loop, not straight code, makes them, so that the intermediate values of one tile die before the next:
+unrolled, some activations spill.
+Recipes and layouts: ``fp8.py``; loads: ``operands.py``; stores: ``stores.py``.
 """
 # mypy: ignore-errors
 # ruff: noqa: RUF005 (Triton tuples do not unpack with *)
@@ -50,7 +52,7 @@ def result_of(y, row, col, rows, cols, ROUND: tl.constexpr, WHOLE: tl.constexpr,
 
 @triton.jit
 def blank(count: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ROUND: tl.constexpr):
-    """As many tiles of zeros."""
+    """``count`` tiles of zeros, as :func:`result_of` makes them."""
     tiles = ()
     for _ in tl.static_range(count):
         tiles = tiles + (tl.zeros([BM, BN], tl.bfloat16 if ROUND else tl.float32),)
@@ -73,7 +75,7 @@ def forward_kernel(
     SOFTPLUS: tl.constexpr, ROUND: tl.constexpr, WHOLE: tl.constexpr, CASTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, LOOPS: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """OUT, a recipe's pointers; AMAX = max(AMAX, |y|) and KEPT where they are not None. STORE None: nothing but AMAX."""
+    """OUT, a recipe's pointers, by STORE; AMAX = max(AMAX, |y|); KEPT from z. None leaves one out."""
     p = load_params(P, SOFTPLUS)
     col = tl.program_id(0) % width * BN
     start = tl.program_id(0) // width * (LOOPS * HELD * BM)

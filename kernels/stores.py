@@ -2,12 +2,10 @@
 
 A store takes a tuple of tiles, one below the other, each [BM, BN] in bf16 or fp32 with zeros where the tensor ends; the
 place of the first; and OUT, the pointers and pitches of its recipe, None for a part that is left out. The half that a
-GEMM reads along the other dimension is made from the transposed tile: it changes hands once, through shared memory, in
-16 bits, and is written 16 bytes at a time. There the amax of a column is one thread's affair too. What pads the scales is
-written with them.
+GEMM reads along the other dimension is cast from the transposed tile: it changes hands once, through shared memory, as
+bf16, and every thread then writes 16 bytes of a row. What pads the scales is written with them.
 """
 # mypy: ignore-errors
-# ruff: noqa: RUF005 (Triton tuples do not unpack with *)
 
 import triton
 import triton.language as tl
@@ -68,14 +66,20 @@ def store_blockwise(
         write(OUT[0], encode(y * scale[:, None], FORMAT, CASTS), first, col, rows, cols)
         write_scales(OUT[1], inverse, col // 128, first, rows, OUT[4])
     if OUT[2] is not None:
-        size = tl.zeros([BM, BN], tiles[0].dtype)
-        for s in tl.static_range(len(tiles)):
-            size = larger(size, tiles[s], CASTS)
-        scale, inverse = power_scale(tl.max(size.to(tl.float32), 0), FORMAT)
+        scale, inverse = power_scale(column_amax(tiles, CASTS), FORMAT)
         write_scales(OUT[3], inverse, row // 128, col, cols, OUT[5])
         for s in tl.static_range(len(tiles)):
             q = times(tiles[s], tl.broadcast_to(scale[None, :], [BM, BN]), CASTS)
             write(OUT[2], encode(tl.trans(q).to(tl.float32), FORMAT, CASTS), col, row + s * BM, cols, rows)
+
+
+@triton.jit
+def column_amax(tiles, CASTS: tl.constexpr):
+    """Largest |y| of each column of all tiles, fp32 [BN]; NaN not counted."""
+    size = tl.zeros_like(tiles[0])
+    for s in tl.static_range(len(tiles)):
+        size = larger(size, tiles[s], CASTS)
+    return tl.max(size.to(tl.float32), 0)
 
 
 @triton.jit
@@ -96,25 +100,27 @@ def mx_rows(y, FORMAT: tl.constexpr, CASTS: tl.constexpr):
 
 @triton.jit
 def store_mxfp8(tiles, OUT, row, col, rows, cols, FORMAT: tl.constexpr, SWIZZLED: tl.constexpr, CASTS: tl.constexpr):
-    """1 x 32, E8M0. OUT = (DATA, SCALES, DATA_C, SCALES_C, pitch, pitch of C); a tile has 32 rows, rows % 32 == 0.
+    """1 x 32, E8M0. OUT = (DATA, SCALES, DATA_C, SCALES_C, pitch, pitch of C); the tiles make up 32 rows.
 
-    Both are pitches of the matrix whose rows lie along the blocks' other dimension where they are swizzled.
+    Swizzled column-wise scales are those of the transposed matrix, and so is their pitch.
     """
     BM: tl.constexpr = tiles[0].shape[0]
     BN: tl.constexpr = tiles[0].shape[1]
+    padded = (rows + 127) // 128 * 128
     for s in tl.static_range(len(tiles)):
-        y, first = tiles[s].to(tl.float32), row + s * BM
-        code, scales = mx_rows(y, FORMAT, CASTS)
+        first = row + s * BM
+        code, scales = mx_rows(tiles[s].to(tl.float32), FORMAT, CASTS)
         write(OUT[0], code, first, col, rows, cols)
         r, block = lanes(first, col // 32, BM, BN // 32)
-        padded = (rows + 127) // 128 * 128
         tl.store(OUT[1] + scale_place(r, block, OUT[4], SWIZZLED), scales.to(tl.uint8), mask=r < padded)
-        if OUT[2] is not None:
-            scales = e8m0_of(amax_of(tl.trans(tiles[s]).to(tl.float32), 1, CASTS), FORMAT)
-            write(OUT[2], encode(y * e8m0_scale(scales)[None, :], FORMAT, CASTS), first, col, rows, cols)
-            c = col + tl.arange(0, BN)
-            place = scale_place(c, first // 32, OUT[5], True) if SWIZZLED else scale_place(first // 32, c, OUT[5], False)
-            tl.store(OUT[3] + place, scales.to(tl.uint8), mask=(c >= 0) & (first < padded))
+    if OUT[2] is not None:
+        scales = e8m0_of(column_amax(tiles, CASTS), FORMAT)
+        for s in tl.static_range(len(tiles)):
+            code = encode(tiles[s].to(tl.float32) * e8m0_scale(scales)[None, :], FORMAT, CASTS)
+            write(OUT[2], code, row + s * BM, col, rows, cols)
+        c = col + tl.arange(0, BN)
+        place = scale_place(c, row // 32, OUT[5], True) if SWIZZLED else scale_place(row // 32, c, OUT[5], False)
+        tl.store(OUT[3] + place, scales.to(tl.uint8), mask=(c >= 0) & (row < padded))
 
 
 @triton.jit

@@ -5,7 +5,7 @@
 
 A quantizer says everything: its class the recipe, its usages which halves are wanted, its scale and amax (delayed
 scaling) where they lie. Buffers come from ``quantizer.make_empty``, whose contents are undefined, inverse scales and
-padding included. Layouts: ``kernels/fp8.py``.
+padding included; the kernels write all of them. Layouts: ``kernels/fp8.py``.
 """
 
 from collections.abc import Sequence
@@ -25,8 +25,7 @@ RECIPES = {
     "MXFP8Quantizer": "mxfp8",
 }
 FORMATS = {"kFloat8E4M3": "e4m3", "kFloat8E5M2": "e5m2"}
-BLOCKS = {"blockwise": 128, "mxfp8": 32}
-ROWS, COLUMNS = 8, 16  # what FP8 GEMMs divide tokens and widths by (utils.py)
+ROWS, COLUMNS, MX = 8, 16, 32  # what FP8 GEMMs divide tokens and widths by (utils.py), and what mxfp8 does
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ def misfit(quantizer: Any, x: Tensor, gradient: bool = False) -> str | None:
     if kind not in RECIPES or quantizer.dtype.name not in FORMATS:
         return f"no kernel writes what a {kind} makes"
     rows, cols = x.numel() // max(1, x.shape[-1]), x.shape[-1]
-    by_rows, by_cols = (BLOCKS["mxfp8"],) * 2 if RECIPES[kind] == "mxfp8" else (ROWS, COLUMNS)
+    by_rows, by_cols = (MX, MX) if RECIPES[kind] == "mxfp8" else (ROWS, COLUMNS)
     two_way = getattr(quantizer, "block_scaling_dim", 1) != 1 or getattr(quantizer, "with_2d_quantization", False)
     odd_scales = RECIPES[kind] == "blockwise" and not (quantizer.force_pow_2_scales and quantizer.amax_epsilon == 0)
     problems = (
@@ -131,9 +130,6 @@ def _empty(quantizer: Any, x: Tensor) -> tuple[Any, Quantized]:
         data = result._data.view(rows, cols)
         return result, Quantized(data, result._scale_inv, transposed, None, amax, recipe="tensor", format=format)
     scales, scales_t = result._rowwise_scale_inv, result._columnwise_scale_inv
-    for padded in (scales, scales_t):
-        if padded is not None and padded.numel() * BLOCKS[recipe] != x.numel():
-            padded.zero_()  # the kernels write no padding
     columnwise = result._columnwise_data
     if columnwise is not None:
         columnwise = columnwise.view((cols, rows) if recipe == "blockwise" else (rows, cols))
