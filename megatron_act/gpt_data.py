@@ -15,6 +15,7 @@ from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training import get_args, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split, is_first_or_last_pipeline_stage
 
+from megatron_act.data import dali_loaders
 from megatron_act.errors import UserError
 from megatron_act.gpt_step import has_mtp
 
@@ -58,15 +59,21 @@ def _is_built_here(vp_stage: int | None = None) -> bool:
     return mpu.get_tensor_model_parallel_rank() == 0 and reads
 
 
-def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, Any, Any]:
-    """Train, validation and test datasets for ``pretrain``; ``num_samples`` are the wanted sizes of the three."""
+def datasets_provider(num_samples: list[int], vp_stage: int | None = None) -> tuple[Any, ...]:
+    """Train, validation and test datasets for ``pretrain``, or with ``--dataloader dali`` their loaders.
+
+    Args:
+        num_samples: the wanted sizes of the three.
+        vp_stage: virtual pipeline stage.
+    """
     args = get_args()
     kind = MockGPTDataset if args.mock_data else GPTDataset
     print_rank_0(f"> building {kind.__name__}s ...")
     builder = BlendedMegatronDatasetBuilder(
         kind, num_samples, partial(_is_built_here, vp_stage=vp_stage), dataset_config(args)
     )
-    return builder.build()
+    datasets = builder.build()
+    return dali_loaders.loaders(datasets, args) if args.dataloader == "dali" else datasets
 
 
 datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron then calls it on every rank

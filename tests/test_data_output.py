@@ -8,19 +8,27 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from data_support import reference_ids, run_tool, sample_texts, tokenizer_folder, write_parquet
+from data_support import (
+    read_documents,
+    reference_ids,
+    run_tool,
+    same_files,
+    sample_texts,
+    tokenizer_folder,
+    write_parquet,
+)
 
 from megatron_act.compat import install_typing_override
 from megatron_act.data import sample_path
 from megatron_act.data.filters import Filters
 from megatron_act.data.indexed import DTYPE_CODES, token_dtype
-from megatron_act.data.preprocess import preprocess
+from megatron_act.data.plan import cut
+from megatron_act.data.preprocess import make_plan, preprocess, run
+from megatron_act.data.source import Source
 from megatron_act.data.split import Split
 
 install_typing_override()
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder  # noqa: E402
-
-SUFFIXES = (".bin", ".idx")
 
 
 def sha256(path: Path) -> str:
@@ -39,21 +47,20 @@ def naive(prefix: Path, documents: Sequence[list[int]], vocab_size: int) -> Path
     return prefix
 
 
-def same_bytes(one: Path, other: Path) -> list[bool]:
-    return [Path(f"{one}{suffix}").read_bytes() == Path(f"{other}{suffix}").read_bytes() for suffix in SUFFIXES]
-
-
 @pytest.mark.parametrize(
     ("name", "eod", "eod_id", "dtype"),
-    [("bpe", None, 0, "uint16"), ("gpt2", None, 50256, "uint16"), ("tekken", "</s>", 2, "int32")],
+    [("bpe", None, 0, "uint16"), ("gpt2", None, 50256, "uint16"), ("deepseek", "<|EOT|>", 128805, "int32")],
 )
 def test_equal_to_megatron_builder(name: str, eod: str | None, eod_id: int, dtype: str, tmp_path: Path) -> None:
+    """Also when several tasks' tokens are joined."""
     texts = sample_texts()[:2000]
     write_parquet(tmp_path / "in.parquet", row_group_size=777, text=texts)
-    out = tmp_path / "out"
-    manifest = preprocess([tmp_path / "in.parquet"], tokenizer_folder(name), out, eod_token=eod)
     documents = [[*ids, eod_id] for ids in reference_ids(name, texts)]
-    assert same_bytes(out, naive(tmp_path / "naive", documents, manifest["vocab_size"])) == [True, True]
+    for tasks in (1, 3):
+        out = tmp_path / f"out{tasks}"
+        plan = make_plan([tmp_path / "in.parquet"], tokenizer_folder(name), out, eod_token=eod, tasks=tasks)
+        manifest = run(plan)
+        assert same_files(out, naive(tmp_path / "naive", documents, manifest["vocab_size"]))
     assert manifest["dtype"] == dtype
     dataset = IndexedDataset(str(out))
     assert len(dataset) == 2000 and dataset[0].dtype == np.dtype(dtype)
@@ -64,13 +71,30 @@ def test_one_document_one_token(tmp_path: Path) -> None:
     write_parquet(tmp_path / "in.parquet", text=["a"])
     preprocess([tmp_path / "in.parquet"], tokenizer_folder("bpe"), tmp_path / "out")
     documents = [[*reference_ids("bpe", ["a"])[0], 0]]
-    assert same_bytes(tmp_path / "out", naive(tmp_path / "naive", documents, 4096)) == [True, True]
+    assert same_files(tmp_path / "out", naive(tmp_path / "naive", documents, 4096))
 
 
 def test_dtype_rule_is_megatrons() -> None:
     for size in (1, 257, 65499, 65500, 65501, 65536, 131072):
         assert token_dtype(size) == np.dtype(DType.optimal_dtype(size))
     assert all(DType[name].value == code for name, code in DTYPE_CODES.items())
+
+
+@pytest.mark.parametrize("tasks", [2, 5, 9, 40])
+def test_the_number_of_tasks_does_not_show(tasks: int, tmp_path: Path) -> None:
+    """Fewer than files, more than files, and more than there are row groups, so that some have nothing to do."""
+    texts = sample_texts()
+    for part in range(3):
+        write_parquet(tmp_path / f"{part}.parquet", row_group_size=100, text=texts[part * 700 : (part + 1) * 700])
+    made = [
+        run(make_plan([tmp_path], tokenizer_folder("bpe"), tmp_path / name, tasks=count))
+        for name, count in (("one", 1), ("many", tasks))
+    ]
+    assert same_files(tmp_path / "one", tmp_path / "many")
+    for manifest in made:
+        for files in (manifest["outputs"][0]["bin"], manifest["outputs"][0]["idx"]):
+            files["file"] = files["file"].partition(".")[2]
+    assert made[0] == made[1]
 
 
 def test_workers_and_tool_give_the_same_files(tmp_path: Path) -> None:
@@ -84,11 +108,43 @@ def test_workers_and_tool_give_the_same_files(tmp_path: Path) -> None:
     runs = {"two": [tmp_path / "*.parquet"], "three": [*files, tmp_path / "0.parquet"]}
     for workers, (name, inputs) in enumerate(runs.items(), start=2):
         arguments = ["--tokenizer", tokenizer, "--output-prefix", tmp_path / name, "--workers", workers]
-        result = run_tool("--input", *inputs, *arguments)
+        result = run_tool("--input", *inputs, *arguments, "--timings")
         assert (result.returncode, result.stderr) == (0, "")
-        assert same_bytes(tmp_path / "one", tmp_path / name) == [True, True]
+        assert same_files(tmp_path / "one", tmp_path / name)
         assert f"{name}.bin: 2,100 documents, {manifest['tokens']:,} tokens (uint16)" in result.stdout
-    assert not list(tmp_path.glob("*partial*"))
+        assert {"read", "encode", "write", "join", "publish"} <= set(result.stdout.split())
+    assert not list(tmp_path.glob("*.work*"))
+
+
+def test_shards_are_the_whole_in_pieces(tmp_path: Path) -> None:
+    write_parquet(
+        tmp_path / "in.parquet", row_group_size=50, text=sample_texts()[:500], id=[str(i) for i in range(500)]
+    )
+    split = Split(("train", "valid"), (0.8, 0.2))
+    whole = run(make_plan([tmp_path / "in.parquet"], tokenizer_folder("bpe"), tmp_path / "whole", split=split))
+    made = run(make_plan([tmp_path / "in.parquet"], tokenizer_folder("bpe"), tmp_path / "s", split=split, shards=3))
+    assert [item["bin"]["file"] for item in made["outputs"]] == [
+        f"s_{part}_{shard:05d}.bin" for part in split.names for shard in range(3)
+    ]
+    for part in split.names:
+        shards = [read_documents(tmp_path / f"s_{part}_{shard:05d}") for shard in range(3)]
+        assert all(shards)
+        assert [item for shard in shards for item in shard] == read_documents(tmp_path / f"whole_{part}")
+    assert made["tokens"] == whole["tokens"] and made["documents"] == whole["documents"]
+    for item in made["outputs"]:
+        assert item["bin"]["sha256"] == sha256(tmp_path / item["bin"]["file"])
+
+
+def test_a_task_gets_its_share_of_bytes() -> None:
+    """Contiguous, complete, in order, and no task more than one piece above its share."""
+    sizes = [(5, 1, 1), (3,), (10, 10, 1, 1), (0,)]
+    sources = [Source(str(i), sum(pieces), "", None, pieces) for i, pieces in enumerate(sizes)]
+    for tasks in range(1, 12):
+        planned = cut(sources, tasks)
+        walked = [(item.source, piece) for task in planned for item in task for piece in range(item.start, item.stop)]
+        assert walked == [(i, piece) for i, pieces in enumerate(sizes) for piece in range(len(pieces))]
+        held = [sum(sum(sizes[item.source][item.start : item.stop]) for item in task) for task in planned]
+        assert max(held) <= 32 / tasks + 10 and len(planned) == tasks
 
 
 def test_encoder_choice_does_not_change_the_files(tmp_path: Path) -> None:
@@ -98,7 +154,7 @@ def test_encoder_choice_does_not_change_the_files(tmp_path: Path) -> None:
         for name in ("fastokens", "tokenizers")
     ]
     assert [item["tokenizer"]["encoder"] for item in made] == ["fastokens", "tokenizers"]
-    assert same_bytes(tmp_path / "fastokens", tmp_path / "tokenizers") == [True, True]
+    assert same_files(tmp_path / "fastokens", tmp_path / "tokenizers")
 
 
 def test_manifest_tells_the_truth(tmp_path: Path) -> None:
@@ -117,13 +173,21 @@ def test_manifest_tells_the_truth(tmp_path: Path) -> None:
     }
     assert (manifest["tokens"], manifest["vocab_size"], manifest["dtype"]) == (tokens, 4096, "uint16")
     assert (manifest["eod_token"], manifest["eod_id"]) == ("<|endoftext|>", 0)
-    assert manifest["tokenizer"]["sha256"] == sha256(tokenizer / "tokenizer.json")
+    assert manifest["tokenizer"] == {
+        "file": str(tokenizer / "tokenizer.json"),
+        "kind": "tokenizer.json",
+        "pattern": None,
+        "sha256": sha256(tokenizer / "tokenizer.json"),
+        "encoder": "fastokens",
+    }
     assert manifest["special_tokens_in_text"] == "encoded as plain text"
     assert manifest["filters"] == {
         "min_score": 3.0,
         "min_int_score": None,
         "min_language_score": None,
         "min_chars": 3,
+        "dumps": [],
+        "drop_invalid_text": False,
     }
     assert manifest["sources"] == [
         {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256(path), "rows": rows}
@@ -134,7 +198,8 @@ def test_manifest_tells_the_truth(tmp_path: Path) -> None:
     for suffix in ("bin", "idx"):
         path = out.parent / output[suffix]["file"]
         assert output[suffix] == {"file": f"out.{suffix}", "bytes": path.stat().st_size, "sha256": sha256(path)}
-    assert manifest["command"] == "the command" and manifest["versions"]["fastokens"]
+    assert manifest["command"] == "the command" and manifest["text_column"] == "text"
+    assert all(manifest["versions"][name] for name in ("fastokens", "datatrove", "pyarrow"))
 
 
 def test_split_divides_by_id_and_nothing_else(tmp_path: Path) -> None:
@@ -168,5 +233,5 @@ def test_overwrite_replaces_everything(tmp_path: Path) -> None:
     preprocess([tmp_path / "a.parquet"], tokenizer, tmp_path / "out")
     preprocess([tmp_path / "b.parquet"], tokenizer, tmp_path / "out", overwrite=True)
     preprocess([tmp_path / "b.parquet"], tokenizer, tmp_path / "fresh")
-    assert same_bytes(tmp_path / "out", tmp_path / "fresh") == [True, True]
+    assert same_files(tmp_path / "out", tmp_path / "fresh")
     assert json.loads((tmp_path / "out.manifest.json").read_text())["documents"]["kept"] == 1

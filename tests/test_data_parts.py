@@ -1,6 +1,7 @@
 """The pieces: the sample that ships, its tokenizer, filters, the division by id, and one way to fail."""
 
 import hashlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pytest
 from data_support import (
     ROOT,
+    call_tool,
     reference_ids,
     reference_tokenizer,
     run_tool,
@@ -94,6 +96,7 @@ ROWS = {
     "score": [3.0, 5.0, 5.0, 2.5, None, float("nan")],
     "int_score": [3, 5, 5, 2, 4, 5],
     "language_score": [0.9, 0.9, 0.9, 0.65, 0.7, 0.9],
+    "dump": ["CC-MAIN-2024-10", "CC-MAIN-2024-10", "CC-MAIN-2024-10", "CC-MAIN-2013-20", None, "CC-MAIN-2024-1"],
 }
 
 
@@ -106,6 +109,8 @@ ROWS = {
         (Filters(min_int_score=4), [4, 5], {"min_int_score": 2}),
         (Filters(min_language_score=0.7), [0, 4, 5], {"min_language_score": 1}),
         (Filters(min_score=2.5, min_chars=4), [3], {"min_chars": 2, "min_score": 1}),
+        (Filters(dumps=("CC-MAIN-2024-10",)), [0], {"dump": 3}),
+        (Filters(dumps=("CC-MAIN-2013-20", "CC-MAIN-2024-10"), min_score=2.6), [0], {"min_score": 3}),
     ],
 )
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
@@ -118,6 +123,20 @@ def test_filters(filters: Filters, kept: list[int], dropped: dict[str, int], kin
     assert {reason: count for reason, count in reasons.items() if count} == {"null_text": 1, "empty_text": 1, **dropped}
     path = write_parquet(tmp_path / "in.parquet", **columns)
     assert list(iter_texts([path], filters=filters)) == [ROWS["text"][i] for i in kept]
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_text_that_is_not_utf8_is_dropped_only_on_request(kind: pa.DataType) -> None:
+    """A lone surrogate, a broken byte; the valid neighbours stay."""
+    raw = pa.array([b"ok", b"\xed\xa0\x80", None, b"", b"\xff\xfe", "\u00e9".encode()], pa.binary())
+    if kind == pa.large_string():
+        raw = raw.cast(pa.large_binary())
+    text = pa.Array.from_buffers(kind, len(raw), raw.buffers(), raw.null_count)
+    batch = pa.RecordBatch.from_arrays([text], ["text"])
+    keep, dropped = keep_mask(batch, "text", Filters(drop_invalid_text=True))
+    assert np.flatnonzero(keep).tolist() == [0, 5]
+    assert dropped == {"null_text": 1, "empty_text": 1, "invalid_text": 2}
+    assert "invalid_text" not in keep_mask(batch, "text", Filters())[1]
 
 
 def test_split_follows_the_published_rule() -> None:
@@ -164,9 +183,16 @@ def test_run_cli_passes_codes_on() -> None:
     assert (run_cli(lambda: None), run_cli(lambda: 0), run_cli(lambda: 1)) == (0, 0, 1)
 
 
-def test_help_names_every_flag() -> None:
+def test_flags_are_a_decision() -> None:
+    """A new flag of the tool is added here too; its help names each."""
+    flags = "input hub-dataset hub-config revision download-dir text-column min-score min-int-score min-language-score"
+    flags += " min-chars dump drop-invalid-text tokenizer pattern eod-token eod-id encoder output-prefix split shards"
+    flags += " overwrite workers tasks executor slurm resume timings debug help"
     result = run_tool("--help")
-    flags = "input tokenizer output-prefix workers split min-score min-int-score min-language-score min-chars"
-    for flag in [*flags.split(), "text-column", "eod-token", "encoder", "overwrite", "debug"]:
-        assert f"--{flag}" in result.stdout
     assert result.returncode == 0
+    assert set(re.findall(r"^  (?:-h, )?--([a-z-]+)", result.stdout, re.MULTILINE)) == set(flags.split())
+    for name, own in {"verify": {"debug", "help"}, "merge": {"debug", "help", "output-prefix", "overwrite"}}.items():
+        with pytest.raises(SystemExit):
+            call_tool(name, "--wrong")
+        found = re.findall(r"^  (?:-h, )?--([a-z-]+)", run_tool(name, "--help").stdout, re.MULTILINE)
+        assert set(found) == own

@@ -5,21 +5,14 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from tqdm import tqdm
-
-from megatron_act.data.filters import Filters
 from megatron_act.data.indexed import token_dtype
-from megatron_act.data.source import Source
-from megatron_act.data.split import Split
-from megatron_act.data.tokenizer import TokenizerInfo
+from megatron_act.data.plan import Plan
 
 FORMAT = "megatron_act.dataset/1"
-PACKAGES = ("megatron-act", "numpy", "pyarrow", "fastokens", "tokenizers")
+PACKAGES = ("megatron-act", "datatrove", "numpy", "pyarrow", "fastokens", "tokenizers", "tiktoken", "sentencepiece")
 
 
 def file_sha256(path: Path) -> str:
@@ -28,58 +21,65 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_sha256(paths: Sequence[Path], threads: int, progress: bool) -> list[str]:
-    """`file_sha256` of each path, `threads` at a time (hashing releases the interpreter lock)."""
-    with ThreadPoolExecutor(threads) as pool:
-        checksums = pool.map(file_sha256, paths)
-        return list(tqdm(checksums, "checksums", len(paths), unit="file", disable=None if progress else True))
-
-
-def build_manifest(
-    outputs: Sequence[dict],
-    sources: Sequence[Source],
-    checksums: Sequence[str],
-    rows: int,
-    dropped: Counter,
-    tokenizer: TokenizerInfo,
-    filters: Filters,
-    split: Split | None,
-    command: str | None,
-) -> dict:
+def build_manifest(plan: Plan, outputs: Sequence[dict], results: Sequence[dict]) -> dict:
     """The manifest of one run.
 
-    Keys: `format`; `outputs` (per part: name, bin and idx with file, bytes, sha256; documents, tokens); `documents`
-    (read, kept, dropped by reason); `tokens`; `vocab_size`; `eod_token`; `eod_id`; `dtype`; `tokenizer` (file, sha256,
-    encoder); `special_tokens_in_text`; `filters`; `split`; `sources` (file, bytes, sha256, rows); `command`;
-    `versions`.
-    No time, host or number of workers of its own: equal input gives an equal manifest.
+    Keys: `format`; `outputs` (per pair of files: name of the part; bin and idx with file, bytes, sha256; documents,
+    tokens); `documents` (read, kept, dropped by reason); `tokens`; `vocab_size`; `eod_token`; `eod_id`; `dtype`;
+    `tokenizer` (file, kind, pattern, sha256, encoder: the library that ran it); `special_tokens_in_text`;
+    `text_column`; `filters`; `split`; `sources` (file, bytes, sha256, rows); `command`; `versions`.
+    No time, host, number of tasks or of workers of its own: equal input gives an equal manifest.
     """
-    reasons = {reason: count for reason, count in sorted(dropped.items()) if count}
-    hashed = zip(sources, checksums, strict=True)
+    tokenizer, split = plan.job.tokenizer, plan.job.split
+    kept = sum(item["documents"] for item in outputs)
     return {
         "format": FORMAT,
         "outputs": list(outputs),
-        "documents": {"read": rows, "kept": sum(item["documents"] for item in outputs), "dropped": reasons},
+        "documents": {"read": sum(result["rows"] for result in results), "kept": kept, "dropped": all_dropped(results)},
         "tokens": sum(item["tokens"] for item in outputs),
         "vocab_size": tokenizer.vocab_size,
         "eod_token": tokenizer.eod_token,
         "eod_id": tokenizer.eod_id,
         "dtype": token_dtype(tokenizer.vocab_size).name,
         "tokenizer": {
-            "file": str(tokenizer.file),
-            "sha256": file_sha256(tokenizer.file),
+            "file": tokenizer.file,
+            "kind": tokenizer.kind,
+            "pattern": tokenizer.pattern,
+            "sha256": tokenizer.sha256,
             "encoder": tokenizer.encoder,
         },
         "special_tokens_in_text": "encoded as plain text",
-        "filters": asdict(filters),
-        "split": dict(zip(split.names, split.shares, strict=True)) if split else None,
-        "sources": [
-            {"file": str(source.path), "bytes": source.size_bytes, "sha256": checksum, "rows": source.rows}
-            for source, checksum in hashed
-        ],
-        "command": command,
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "text_column": plan.job.columns.text,
+        "filters": plan.job.filters.as_json(),
+        "split": dict(zip(split.names, split.shares, strict=True)) if plan.job.columns.id else None,
+        "sources": _sources(plan, results),
+        "command": plan.command,
+        "versions": versions(),
     }
+
+
+def all_dropped(results: Sequence[dict]) -> dict[str, int]:
+    """Rows left out by all tasks, by reason, sorted."""
+    return dict(sorted(sum((Counter(result["dropped"]) for result in results), Counter[str]()).items()))
+
+
+def _sources(plan: Plan, results: Sequence[dict]) -> list[dict]:
+    """File, bytes, sha256 and rows of each source, from what the tasks saw of it."""
+    rows: Counter[int] = Counter()
+    checksums: dict[int, str] = {}
+    for result in results:
+        for number, seen in result["sources"].items():
+            rows[int(number)] += seen["rows"]
+            checksums[int(number)] = seen["sha256"] or checksums.get(int(number), "")
+    return [
+        {"file": source.path, "bytes": source.size_bytes, "sha256": checksums[number], "rows": rows[number]}
+        for number, source in enumerate(plan.sources)
+    ]
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that touch the data; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(package: str) -> str | None:
@@ -97,3 +97,13 @@ def write_manifest(path: Path, manifest: dict) -> None:
 def read_manifest(path: Path) -> dict:
     """Read a manifest back."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def manifest_of(prefix: str | Path) -> dict | None:
+    """The manifest in the same folder that lists `PREFIX.bin`: its own, or that of its split or shards."""
+    prefix = Path(prefix)
+    for path in sorted(prefix.parent.glob("*.manifest.json")):
+        manifest = read_manifest(path)
+        if prefix.name + ".bin" in [output["bin"]["file"] for output in manifest.get("outputs", ())]:
+            return manifest
+    return None

@@ -1,45 +1,44 @@
-"""Parquet in FineWeb-Edu's schema: find the files, check them all before any work, read them in bounded batches."""
+"""Where documents come from: parquet or JSON lines, here or on the hub, checked before any work, read in batches."""
 
 import glob
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-import pyarrow.types as pt
 
+from megatron_act.data import hub, jsonl, parquet
+from megatron_act.data.columns import Columns
 from megatron_act.data.filters import Filters, keep_mask
 from megatron_act.errors import UserError
 
-BATCH_ROWS = 1024  # FineWeb-Edu documents average 5 kB: about 5 MB of text held at a time
+SUFFIXES = (".parquet", *jsonl.SUFFIXES)
 
 
 @dataclass(frozen=True)
 class Source:
-    """One readable parquet file: path, size in bytes, number of rows and of row groups."""
+    """One file.
 
-    path: Path
+    Attributes:
+        path: on this machine, or `hf://datasets/OWNER/NAME@COMMIT/PATH`.
+        size_bytes: of the file.
+        stamp: changes when the file does: time of modification in ns, or the hub's checksum.
+        rows: None where only reading tells (JSON lines, files on the hub).
+        pieces: bytes of each part that can be read apart (row groups); one part where that is unknown.
+        sha256: the hub's checksum; None for a file on this machine.
+    """
+
+    path: str
     size_bytes: int
-    rows: int
-    row_groups: int
-
-
-@dataclass(frozen=True)
-class Columns:
-    """What is read from each row: the text, the id where a split needs it, the filtered numbers."""
-
-    text: str
-    id: str | None = None
-    numbers: tuple[str, ...] = ()
-
-    def names(self) -> list[str]:
-        """The columns' names, each once."""
-        return list(dict.fromkeys([self.text, *([self.id] if self.id else []), *self.numbers]))
+    stamp: str
+    rows: int | None
+    pieces: tuple[int, ...]
+    sha256: str | None = None
 
 
 def expand_inputs(inputs: Sequence[str | Path]) -> list[Path]:
-    """Files, folders (every `*.parquet` below, sorted) and glob patterns (sorted) as files, each once, in order.
+    """Files, folders (every parquet and JSON-lines file below, sorted) and glob patterns (sorted) as files, each once.
 
     Raises:
         UserError: an input matches nothing.
@@ -56,85 +55,65 @@ def _expand(item: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(path.rglob("*.parquet"))
+        found = sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES) and file.is_file())
     else:
         found = sorted(Path(name) for name in glob.glob(item, recursive=True) if Path(name).is_file())
     if not found:
-        what = "the folder holds no *.parquet" if path.is_dir() else "no such file, and as a pattern it matches nothing"
-        raise UserError(f"expected a parquet file, a folder or a glob, got {item} ({what}); check --input")
+        what = "no such file, and as a pattern it matches nothing"
+        if path.is_dir():
+            what = "the folder holds no *.parquet and no *.jsonl, .jsonl.gz or .jsonl.zst"
+        raise UserError(f"expected a parquet or JSON-lines file, a folder or a glob, got {item} ({what}); see --input")
     return found
 
 
-def open_sources(paths: Iterable[Path], columns: Columns) -> list[Source]:
-    """Check every file's footer and schema.
+def open_sources(inputs: Sequence[str | Path], columns: Columns) -> list[Source]:
+    """Find every file, in the order of the inputs, each once, and check what can be checked without reading it all.
 
     Raises:
-        UserError: a file is not parquet or is cut short, lacks a column, has one of a wrong type, or no file has rows.
+        UserError: an input matches nothing; a file here is of another kind, cut short, lacks a column or has one of a
+            wrong type; no file has rows; the hub does not answer.
     """
-    sources = [_open_source(path, columns) for path in paths]
-    if not any(source.rows for source in sources):
-        names = ", ".join(str(source.path) for source in sources[:3])
+    sources: dict[str, Source] = {}
+    for item in inputs:
+        if hub.is_hub(str(item)):
+            found = [_on_hub(file) for file in hub.list_files(str(item), SUFFIXES)]
+        else:
+            found = [_local(path, columns) for path in expand_inputs([item])]
+        for source in found:
+            sources.setdefault(source.path if hub.is_hub(source.path) else str(Path(source.path).resolve()), source)
+    if all(source.rows == 0 for source in sources.values()):
+        names = ", ".join([source.path for source in sources.values()][:3])
         raise UserError(f"expected at least one row, got 0 rows in {names}; give a file that holds documents")
-    return sources
+    return list(sources.values())
 
 
-def _open_source(path: Path, columns: Columns) -> Source:
-    with _open_parquet(path) as file:
-        schema = file.schema_arrow
-        _check_column(path, schema, columns.text, "string", _is_string)
-        if columns.id:
-            _check_column(path, schema, columns.id, "string", _is_string)
-        for name in columns.numbers:
-            _check_column(path, schema, name, "number", lambda t: pt.is_integer(t) or pt.is_floating(t))
-        return Source(path, path.stat().st_size, file.metadata.num_rows, file.metadata.num_row_groups)
+def _on_hub(file: hub.HubFile) -> Source:
+    return Source(file.url, file.size_bytes, file.sha256 or "", None, (file.size_bytes,), file.sha256)
 
 
-def _is_string(kind: pa.DataType) -> bool:
-    return pt.is_string(kind) or pt.is_large_string(kind)
+def _local(path: Path, columns: Columns) -> Source:
+    state = path.stat()
+    rows, pieces = inspect(path, columns)
+    return Source(str(path), state.st_size, str(state.st_mtime_ns), rows, pieces)
 
 
-def _check_column(path: Path, schema: pa.Schema, name: str, kind: str, accepts: Callable[[pa.DataType], bool]) -> None:
-    if name not in schema.names:
-        raise UserError(
-            f"{path}: expected a column '{name}' of type {kind}, got columns {', '.join(schema.names) or 'none'}; "
-            "name the text column with --text-column, and filter or split only by columns that exist"
-        )
-    if not accepts(schema.field(name).type):
-        got = schema.field(name).type
-        raise UserError(f"{path}: expected column '{name}' of type {kind}, got {got}; convert it or name another")
+def inspect(path: Path, columns: Columns) -> tuple[int | None, tuple[int, ...]]:
+    """Rows if the format tells them, and bytes of each piece (see `parquet.inspect`, `jsonl.inspect`)."""
+    return jsonl.inspect(path, columns) if path.name.endswith(jsonl.SUFFIXES) else parquet.inspect(path, columns)
 
 
-def _open_parquet(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"expected a parquet file, got {path} ({_why_not(path, error)}); fetch it again") from error
+def fetch(source: Source, downloads: Path) -> Path:
+    """The source as a file of this machine: brought into `downloads` if it is on the hub."""
+    if not hub.is_hub(source.path):
+        return Path(source.path)
+    return hub.download(hub.HubFile(source.path, source.size_bytes, source.sha256), downloads)
 
 
-def _why_not(path: Path, error: Exception) -> str:
-    if isinstance(error, PermissionError):
-        return "permission denied"
-    with path.open("rb") as file:
-        head = file.read(4)
-    if not head:
-        return "the file is empty"
-    return "it starts as parquet but is cut short or damaged" if head == b"PAR1" else "it is another kind of file"
-
-
-def read_row_group(path: Path, row_group: int, columns: Columns) -> Iterator[pa.RecordBatch]:
-    """The named columns of one row group, at most `BATCH_ROWS` rows at a time.
-
-    Raises:
-        UserError: the data is damaged, or a text is not UTF-8.
-    """
-    with _open_parquet(path) as file:
-        try:
-            for batch in file.iter_batches(BATCH_ROWS, row_groups=[row_group], columns=columns.names()):
-                batch.validate(full=True)  # parquet does not promise UTF-8; the tokenizer does rely on it
-                yield batch
-        except (pa.ArrowException, OSError) as error:
-            where = f"{path}, row group {row_group}"
-            raise UserError(f"{where}: expected intact rows of UTF-8 text, got: {error}; fetch it again") from error
+def read(path: Path, start: int, stop: int, columns: Columns) -> Iterator[pa.RecordBatch]:
+    """Batches of pieces start to stop (see `parquet.read`, `jsonl.read`)."""
+    if path.name.endswith(jsonl.SUFFIXES):
+        return jsonl.read(path, columns)
+    return parquet.read(path, start, stop, columns)
 
 
 def iter_texts(
@@ -142,9 +121,28 @@ def iter_texts(
 ) -> Iterator[str]:
     """Every kept text of the inputs, in order (files are all checked first)."""
     filters = filters or Filters()
-    columns = Columns(text_column, numbers=filters.columns())
-    for source in open_sources(expand_inputs(inputs), columns):
-        for row_group in range(source.row_groups):
-            for batch in read_row_group(source.path, row_group, columns):
-                keep, _ = keep_mask(batch, text_column, filters)
-                yield from batch.column(text_column).filter(pa.array(keep)).to_pylist()
+    columns = columns_for(filters, text_column)
+    sources = open_sources(inputs, columns)
+    with tempfile.TemporaryDirectory(prefix="megatron_act-") as downloads:
+        for batch in _batches(sources, Path(downloads), columns):
+            keep, _ = keep_mask(batch, text_column, filters)
+            yield from batch.column(text_column).filter(pa.array(keep)).to_pylist()
+
+
+def _batches(sources: Iterable[Source], downloads: Path, columns: Columns) -> Iterator[pa.RecordBatch]:
+    for source in sources:
+        path = fetch(source, downloads)
+        yield from read(path, 0, len(inspect(path, columns)[1]), columns)
+        if downloads in path.parents:
+            path.unlink()
+
+
+def columns_for(filters: Filters, text_column: str, with_id: bool = False) -> Columns:
+    """What has to be read for these filters, with the id where a split needs it."""
+    return Columns(
+        text_column,
+        "id" if with_id else None,
+        filters.numbers(),
+        "dump" if filters.dumps else None,
+        refuse_invalid=not filters.drop_invalid_text,
+    )

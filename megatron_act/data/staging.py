@@ -57,26 +57,27 @@ def publish(staged: Sequence[Path], finals: Sequence[Path]) -> None:
     an old and a new file side by side: give the file that makes the others look whole last.
     """
     for path in staged:
-        _sync(path)
+        sync(path)
     for path in reversed(finals):
         path.unlink(missing_ok=True)
-    _sync(finals[0].parent)
+    sync(finals[0].parent)
     for path, final in zip(staged, finals, strict=True):
         os.replace(path, final)
-    _sync(finals[0].parent)
+    sync(finals[0].parent)
 
 
 def publish_folder(staged: Path, final: Path) -> None:
     """Move a finished folder to its final name, replacing a folder that is there."""
     for path in (*staged.iterdir(), staged):
-        _sync(path)
+        sync(path)
     if final.exists():
         final.rename(staged.with_name("replaced"))  # inside the staging folder: removed with it
     staged.rename(final)
-    _sync(final.parent)
+    sync(final.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold what a file or folder holds."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

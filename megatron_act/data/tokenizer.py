@@ -1,83 +1,107 @@
-"""One interface over two encoders of a Hugging Face `tokenizer.json`: fastokens (fast), tokenizers (reference).
+"""A tokenizer file of any of four formats, its end of document, and which library runs it.
 
-Both never add BOS or any other special token, never truncate or pad, and take a special token's literal in a text
-(`</s>`, `<|endoftext|>`) as the plain characters that it is.
+    tokenizer.json (Hugging Face)     reference: tokenizers
+    tekken.json (Mistral)             reference: tiktoken
+    rank file (tiktoken)              reference: tiktoken, with a named or given pattern
+    .model (SentencePiece)            reference: sentencepiece
+
+fastokens takes the reference's place wherever it gives the same ids on a set of hard strings.
 """
 
+import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
-
+from megatron_act.data.encoders import Encoder, FastokensEncoder, TokenizersEncoder
+from megatron_act.data.probe import LITERALS, adversarial_texts, differences
+from megatron_act.data.ranked_bpe import is_ranks, is_tekken, open_ranks, open_tekken
+from megatron_act.data.sentencepiece_bpe import open_sentencepiece
 from megatron_act.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ENCODERS = ("auto", "fastokens", "tokenizers")
+ENCODERS = ("auto", "fastokens", "tokenizers", "tiktoken", "sentencepiece")
 DEFAULT_EOD = "<|endoftext|>"
-PROBE = (  # differences between encoders hide in these
-    " leading and trailing  ",
-    "a\r\n\r\n\tb  c\u00a0d\u3000e\n",
-    "it's IT'S don\u2019t 12345678901 3.14 1,000",
-    "e\u0301 \u00e9 \ufb01 \u0130 \ufeff \u200d \U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001d518",
-    "\u4f60\u597d \u3053\u3093\u306b\u3061\u306f \u0645\u0631\u062d\u0628\u0627 \u0928\u092e\u0938\u094d\u0924\u0947",
-    "\x00\x01\x7f\u0085\u2028\uffff",
-    "<|endoftext|></s><s>[INST] x [/INST]<unk><pad>",
-)
+FOLDER_NAMES = ("tokenizer.json", "tekken.json", "tokenizer.model")  # what a folder is searched for, in this order
 
 
-class Encoder(Protocol):
-    """Texts in; ids uint32 [total] and offsets int64 [texts + 1] out: text i is `ids[offsets[i]:offsets[i + 1]]`."""
+class Vocabulary(Protocol):
+    """What each format offers (see `RankedBpe`, `SentencePieceModel`, `HuggingFaceFile`)."""
 
-    name: str
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Encode a batch."""
-
-
-class FastokensEncoder:
-    """The hot path: two flat buffers, no Python object per token."""
-
-    name = "fastokens"
-
-    def __init__(self, file: Path) -> None:
-        import fastokens
-
-        self._tokenizer = fastokens.Tokenizer.from_file(str(file))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See `Encoder`."""
-        ids, offsets = self._tokenizer.encode_batch_flat(texts, add_special_tokens=False, split_special_tokens=True)
-        return np.frombuffer(ids, "<u4"), np.frombuffer(offsets, "<u8").astype(np.int64)
+    @property
+    def file(self) -> Path: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def reference_name(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def default_eod(self) -> str: ...
+    @property
+    def literals(self) -> list[str]: ...
+    def id_of(self, token: str) -> int | None: ...
+    def reference(self) -> Encoder: ...
+    def fast(self) -> FastokensEncoder: ...
 
 
-class TokenizersEncoder:
-    """The reference and the fallback: Hugging Face's own library."""
+@dataclass(frozen=True)
+class HuggingFaceFile:
+    """A `tokenizer.json`; the EOD is `eos_token` of a `tokenizer_config.json` beside it, else `<|endoftext|>`."""
 
-    name = "tokenizers"
+    file: Path
+    kind: str = field(default="tokenizer.json", init=False)
+    reference_name: str = field(default="tokenizers", init=False)
 
-    def __init__(self, file: Path) -> None:
+    @cached_property
+    def _tokenizer(self) -> Any:
         import tokenizers
 
-        self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(self.file))
+        except Exception as error:  # the library raises bare Exception
+            message = f"expected a Hugging Face tokenizer.json, got {self.file} ({error})"
+            raise UserError(f"{message}; give --tokenizer a readable one") from error
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        return tokenizer
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """See `Encoder`."""
-        rows = [item.ids for item in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        return np.concatenate([np.array(row, np.uint32) for row in rows] or [np.empty(0, np.uint32)]), offsets
+    @cached_property
+    def size(self) -> int:
+        """Largest id + 1, added tokens included."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def vocabulary(self) -> dict[str, int]:
-        """Every token, added ones included, with its id."""
-        return self._tokenizer.get_vocab(with_added_tokens=True)
+    @property
+    def default_eod(self) -> str:
+        """See the class."""
+        return _configured_eos(self.file.parent) or DEFAULT_EOD
+
+    @property
+    def literals(self) -> list[str]:
+        """Added tokens as they may stand in a text."""
+        return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()][:20]
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token, added or not."""
+        return self._tokenizer.token_to_id(token)
+
+    def reference(self) -> TokenizersEncoder:
+        """tokenizers itself."""
+        return TokenizersEncoder(self._tokenizer)
+
+    def fast(self) -> FastokensEncoder:
+        """fastokens on the same file."""
+        import fastokens
+
+        tokenizer = fastokens.Tokenizer.from_file(str(self.file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return FastokensEncoder(tokenizer)
 
 
 @dataclass(frozen=True)
@@ -85,59 +109,104 @@ class TokenizerInfo:
     """What a data set must remember of its tokenizer.
 
     Attributes:
-        file: the `tokenizer.json`.
+        file: as given, or found in the folder given.
+        sha256: of the file.
         vocab_size: largest id + 1, added tokens included: the number of embedding rows that the ids need.
         eod_token, eod_id: the token appended to every document.
-        encoder: "fastokens" or "tokenizers".
+        encoder: the library that runs it, one of `ENCODERS` but "auto".
+        kind: the format: "tokenizer.json", "tekken", "tiktoken" or "sentencepiece".
+        pattern: a rank file's, named or given.
     """
 
-    file: Path
+    file: str
+    sha256: str
     vocab_size: int
     eod_token: str
     eod_id: int
     encoder: str
+    kind: str = "tokenizer.json"
+    pattern: str | None = None
 
 
-def load_encoder(file: Path, name: str) -> Encoder:
-    """Build one encoder ("fastokens" or "tokenizers") from a `tokenizer.json`."""
-    return FastokensEncoder(file) if name == "fastokens" else TokenizersEncoder(file)
+_loaded: dict[TokenizerInfo, Encoder] = {}  # the last one: loading takes seconds, and a process has many tasks
 
 
-def open_tokenizer(path: str | Path, eod_token: str | None = None, encoder: str = "auto") -> TokenizerInfo:
+def load_encoder(info: TokenizerInfo) -> Encoder:
+    """The encoder that `open_tokenizer` decided on."""
+    if info not in _loaded:
+        vocabulary = open_vocabulary(Path(info.file), info.pattern, info.eod_id)
+        _keep(info, vocabulary.fast() if info.encoder == "fastokens" else vocabulary.reference())
+    return _loaded[info]
+
+
+def _keep(info: TokenizerInfo, encoder: Encoder) -> None:
+    _loaded.clear()
+    _loaded[info] = encoder
+
+
+def open_tokenizer(
+    path: str | Path,
+    eod_token: str | None = None,
+    encoder: str = "auto",
+    *,
+    pattern: str | None = None,
+    eod_id: int | None = None,
+) -> TokenizerInfo:
     """Check a tokenizer and decide how it will be run.
 
     Args:
-        path: a `tokenizer.json`, or a folder that holds one.
-        eod_token: end-of-document token; default: `eos_token` of a `tokenizer_config.json` beside the file (what
-            Megatron's HuggingFaceTokenizer calls eod), else `<|endoftext|>`.
-        encoder: "auto" takes fastokens if it loads the file and agrees with tokenizers on a set of hard strings,
-            else tokenizers with one warning that says why.
+        path: a tokenizer of one of the four formats, or a folder with `tokenizer.json`, `tekken.json` or
+            `tokenizer.model`.
+        eod_token: end-of-document token; default: the format's own (see each), which is what Megatron calls eod.
+        encoder: "auto" takes fastokens if it gives the reference's ids on `adversarial_texts`, else the reference with
+            one warning that says why.
+        pattern: for a rank file: a name of `PATTERNS` or a regular expression.
+        eod_id: for a rank file: the EOD's id where it is not the named pattern's.
 
     Raises:
         UserError: no such file, not a tokenizer, EOD not in the vocabulary, or a named encoder that does not fit.
     """
-    file = _tokenizer_file(Path(path))
-    try:
-        reference = TokenizersEncoder(file)
-    except Exception as error:  # the library raises bare Exception
-        message = f"expected a Hugging Face tokenizer.json, got {file} ({error}); give --tokenizer a readable one"
-        raise UserError(message) from error
-    vocabulary = reference.vocabulary()
-    eod = eod_token or _configured_eos(file.parent) or DEFAULT_EOD
-    if eod not in vocabulary:
-        message = (
-            f"expected the end-of-document token '{eod}' in the vocabulary of {file}, got {len(vocabulary)} tokens"
+    file = find_file(Path(path))
+    vocabulary = open_vocabulary(file, pattern, eod_id)
+    size, eod = vocabulary.size, eod_token or vocabulary.default_eod
+    found = vocabulary.id_of(eod)
+    if found is None:
+        raise UserError(
+            f"expected the end-of-document token '{eod}' in the vocabulary of {file}, got {size} tokens without it; "
+            "name an existing one with --eod-token"
         )
-        raise UserError(f"{message} without it; name an existing one with --eod-token")
-    chosen = _choose_encoder(file, encoder, reference)
-    return TokenizerInfo(file, max(vocabulary.values()) + 1, eod, vocabulary[eod], chosen)
+    chosen = _choose_encoder(vocabulary, encoder)
+    checksum = hashlib.sha256(file.read_bytes()).hexdigest()
+    info = TokenizerInfo(str(file), checksum, size, eod, found, chosen.name, vocabulary.kind, pattern)
+    _keep(info, chosen)
+    return info
 
 
-def _tokenizer_file(path: Path) -> Path:
-    file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"expected a tokenizer.json or a folder that holds one, got {path}; check --tokenizer")
-    return file
+def find_file(path: Path) -> Path:
+    """The tokenizer that a path means: itself, or the one in that folder."""
+    candidates = [path / name for name in FOLDER_NAMES] if path.is_dir() else [path]
+    for file in candidates:
+        if file.is_file():
+            return file
+    raise UserError(
+        f"expected a tokenizer.json or a folder that holds one (or {', '.join(FOLDER_NAMES[1:])}), got {path}; "
+        "check --tokenizer"
+    )
+
+
+def open_vocabulary(file: Path, pattern: str | None = None, eod_id: int | None = None) -> Vocabulary:
+    """Read a tokenizer in the format that its first bytes show (pattern, eod_id: for a rank file)."""
+    with file.open("rb") as opened:
+        head = opened.read(1 << 16)
+    if is_tekken(head):
+        return open_tekken(file)
+    if is_ranks(head):
+        return open_ranks(file, pattern, eod_id)
+    text = file.suffix == ".json" or head.lstrip()[:1] == b"{"
+    return HuggingFaceFile(file) if text else open_sentencepiece(file)
+
+
+_find, _open = find_file, open_vocabulary
 
 
 def _configured_eos(folder: Path) -> str | None:
@@ -151,26 +220,35 @@ def _configured_eos(folder: Path) -> str | None:
     return eos.get("content") if isinstance(eos, dict) else eos
 
 
-def _choose_encoder(file: Path, requested: str, reference: TokenizersEncoder) -> str:
-    if requested == "tokenizers":
-        return requested
-    problem = _fastokens_problem(file, reference)
-    if problem and requested == "fastokens":
-        raise UserError(
-            f"expected a tokenizer that fastokens can run, got {file} ({problem}); use --encoder tokenizers"
-        )
-    if problem:
-        logger.warning("encoding with the slower tokenizers library: %s", problem)
-    return "tokenizers" if problem else "fastokens"
-
-
-def _fastokens_problem(file: Path, reference: TokenizersEncoder) -> str | None:
+def _choose_encoder(vocabulary: Vocabulary, requested: str) -> Encoder:
+    own, reference = vocabulary.reference_name, vocabulary.reference()
+    if requested == own:
+        return reference
+    if requested not in ("auto", "fastokens"):
+        raise UserError(f"expected --encoder auto, fastokens or {own} for {vocabulary.file}, got {requested}; choose")
     try:
-        got = FastokensEncoder(file).encode(list(PROBE))
-    except ImportError:
-        return "fastokens is not installed"
+        return _proven_fast(vocabulary, reference)
+    except _Unfit as problem:
+        if requested == "fastokens":
+            raise UserError(
+                f"expected a tokenizer that fastokens can run, got {vocabulary.file} ({problem}); use --encoder {own}"
+            ) from problem
+        logger.warning("encoding with the slower %s library: %s", own, problem)
+        return reference
+
+
+class _Unfit(Exception):
+    """Why fastokens cannot take the reference's place."""
+
+
+def _proven_fast(vocabulary: Vocabulary, reference: Encoder) -> Encoder:
+    try:
+        fast = vocabulary.fast()
+    except ImportError as error:
+        raise _Unfit("fastokens is not installed") from error
     except Exception as error:  # whatever keeps it from this tokenizer, the reference remains
-        return f"fastokens cannot run it: {error}"
-    pairs = zip(got, reference.encode(list(PROBE)), strict=True)
-    same = all(np.array_equal(ours, theirs) for ours, theirs in pairs)
-    return None if same else "fastokens and tokenizers give different ids on the probe strings"
+        raise _Unfit(f"fastokens cannot run it: {error}") from error
+    texts = adversarial_texts([*LITERALS, *vocabulary.literals])
+    if different := differences(fast, reference, texts):
+        raise _Unfit(f"fastokens gives other ids on {len(different)} of {len(texts)} hard strings")
+    return fast
