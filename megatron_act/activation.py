@@ -79,9 +79,14 @@ class TrainableActivation(MegatronModule):
 
         Returns:
             A tensor of x's shape and dtype; with ``fp8_output`` Transformer Engine's quantized tensor.
+
+        Raises:
+            ValueError: weights together with FP8.
         """
         raw = self.wired_scalars()
         if fp8_output is not None or fp8_grad is not None or self.fp8_store:
+            if weights is not None:
+                raise ValueError("weights: expected none with FP8, got a tensor: the kernels that write FP8 take none")
             plan = fp8_function.Plan(self.activation.name, self.backend, fp8_output, fp8_grad, self.fp8_store)
             return fp8_function.apply(plan, x, bias, raw)
         apply = recompute.apply if self.recompute else kernels.apply

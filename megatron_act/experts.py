@@ -36,6 +36,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_act.activation import TrainableActivation, activations_of
 from megatron_act.mlp import ActivationMLP, ActivationMLPSubmodules, build_activation
+from megatron_act.once import log_once
 
 
 @dataclass
@@ -157,6 +158,8 @@ def moe_with_activation(
     refuse_unsupported_experts(config, parts.experts, per_expert)
     linears = parts.experts.keywords["submodules"]
     routed = describe(linears)
+    for flag in routed.activation_fp8.flags:
+        log_once(f"{flag}: the activations of routed experts stay bf16")
     if parts.experts.func is TEGroupedMLP:
         experts = partial(ActivationGroupedExperts, submodules=linears)
     else:

@@ -41,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward pass needs beside tensors: ``like`` is an x of no memory, with its shape, dtype and device."""
+    """What the backward pass needs beside tensors; ``like`` is x's shape, dtype and device in the memory of one number."""
 
     plan: Plan
     like: Tensor
@@ -71,6 +71,7 @@ class _Function(torch.autograd.Function):
         return y
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         dx, dparams, dbias = differentiate(ctx.saved, grad, ctx.saved_tensors)
         return None, dx, dbias, *dparams

@@ -25,7 +25,7 @@ def quantizer_of(fc1: Any, x: Tensor, weights: Tensor | None) -> Any | None:
     """
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
         return None
-    if why := te.problem() or _unfit_layer(fc1) or fp8_output.unfit_call(weights):
+    if why := te.problem() or te.version_problem() or _unfit_layer(fc1) or fp8_output.unfit_call(weights):
         log_once(f"{GRAD_FLAG}: {why}; the gradient stays bf16 there")
         return None
     if not fp8_output.runs_fp8(fc1):

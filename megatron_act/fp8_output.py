@@ -5,9 +5,10 @@ where 4 to 6 do. fc2's own quantizer decides what is written, and its bookkeepin
 scaling's amax goes into fc2's history, which is reduced and turned into the next scale as ever.
 
 Two kinds of calls get bf16 instead, which is always right. Passing ones, in silence: no gradients, no FP8 context
-(Megatron's bf16 first and last layers), the first call (fc2 has no quantizer yet), and delayed scaling's recompute
-phase, in which fc2 swaps in the scale of the first pass only after the activation has run. And lasting ones, whose
-reason is logged once. Source: transformer_engine/pytorch/module/{linear,base}.py, quantization.py (2.20).
+(Megatron's bf16 first and last layers), the first call (fc2 has no quantizer yet), and activations that will be or are
+being recomputed: of delayed scaling fc2 swaps in the first pass's scale only after the activation has run, and a
+checkpoint that is not reentrant needs equal kinds of tensors in both passes. And lasting ones, whose reason is logged
+once. Source: transformer_engine/pytorch/module/{linear,base}.py, quantization.py (2.20).
 """
 
 from typing import Any
@@ -30,13 +31,12 @@ def quantizer_of(fc2: Any, x: Tensor, weights: Tensor | None) -> Any | None:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return None
-    if why := te.problem() or _unfit_layer(fc2) or unfit_call(weights):
+    if why := te.problem() or te.version_problem() or _unfit_layer(fc2) or unfit_call(weights):
         log_once(f"{OUTPUT_FLAG}: {why}; the activation stays bf16 there")
         return None
-    if not runs_fp8(fc2):
+    if not runs_fp8(fc2) or te.parts().is_fp8_activation_recompute_enabled():
         return None
-    recipe = te.parts().FP8GlobalStateManager.get_fp8_recipe()
-    if recipe.delayed() and te.parts().in_fp8_activation_recompute_phase():
+    if te.parts().in_fp8_activation_recompute_phase():
         return None
     quantizer = fc2.quantizers["scaling_fwd"][te.parts().FP8FwdTensorIdx.GEMM1_INPUT]
     if why := unfit_recipe() or te_buffers.misfit(quantizer, x):
@@ -70,8 +70,6 @@ def unfit_call(weights: Tensor | None) -> str | None:
 def unfit_settings(linear: Any) -> str | None:
     """What about a linear layer or the run keeps FP8 tensors of ours away from it, or None."""
     parts = te.parts()
-    if why := te.version_problem():
-        return why
     problems = (
         (getattr(linear, "te_quant_params", None) is not None, "the linear layer has a recipe of its own"),
         (parts.TEDebugState.debug_enabled, "Transformer Engine's debug mode replaces the quantizers"),

@@ -16,7 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import print_rank_0
 
-from megatron_act import finalize, mtp, optimizer_groups
+from megatron_act import finalize, mtp, optimizer_groups, te
 from megatron_act.experts import moe_with_activation
 from megatron_act.fp8_options import BF16, Fp8Options
 from megatron_act.kernels import api as kernels
@@ -55,6 +55,8 @@ def with_activation(
     """
     kernels.get(name)
     refuse_unsupported(config, name)
+    if config.transformer_impl == "transformer_engine" and (why := te.fuser_conflict(config)):
+        raise ValueError(why)
     optimizer_groups.install()
     describe = partial(
         _describe,

@@ -49,9 +49,12 @@ def problem() -> str | None:
 
 @functools.cache
 def version_problem() -> str | None:
-    """Why our FP8 results are not handed to the Transformer Engine that is installed, or None."""
+    """Why our FP8 results are not handed to the Transformer Engine that is installed, or None.
+
+    Ask it before ``parts``: another version may lack some.
+    """
     found = importlib.metadata.version("transformer_engine")
-    if tuple(int(part) for part in found.split(".")[:2]) != VERSION:
+    if found.split(".")[:2] != [str(part) for part in VERSION]:
         return f"expected Transformer Engine {VERSION[0]}.{VERSION[1]}, got {found}"
     return None
 
@@ -61,12 +64,14 @@ def parts() -> SimpleNamespace:
     """What this project uses of Transformer Engine, by its own names; only after ``problem()`` is None."""
     where = {
         "transformer_engine.pytorch": ("Linear", "LayerNormLinear"),
-        "transformer_engine.pytorch.constants": ("DType", "FP8FwdTensorIdx", "FP8BwdTensorIdx"),
+        "transformer_engine.pytorch.constants": ("FP8FwdTensorIdx", "FP8BwdTensorIdx"),
         "transformer_engine.pytorch.cpu_offload": ("is_cpu_offload_enabled",),
-        "transformer_engine.pytorch.distributed": ("in_fp8_activation_recompute_phase",),
+        "transformer_engine.pytorch.distributed": (
+            "is_fp8_activation_recompute_enabled",
+            "in_fp8_activation_recompute_phase",
+        ),
         "transformer_engine.pytorch.quantization": ("FP8GlobalStateManager",),
         "transformer_engine.debug.pytorch.debug_state": ("TEDebugState",),
-        "transformer_engine.pytorch.utils": ("is_non_tn_fp8_gemm_supported",),
     }
     found = {name: getattr(importlib.import_module(module), name) for module, names in where.items() for name in names}
     return SimpleNamespace(**found)
@@ -115,12 +120,30 @@ def conflict(args: Any) -> str | None:
             return f"{flag}: expected --transformer-impl transformer_engine, got {args.transformer_impl}: change one"
         if why := problem():
             return f"{flag}: {why}"
-    if args.use_transformer_engine_op_fuser and (why := version_problem()):
-        return f"{FUSER_FLAG}: {why}: remove the flag or install that version"
+    if why := fuser_conflict(args):
+        return why
     if not args.fp8 or not torch.cuda.device_count():
         return None  # a missing GPU is the entry point's to say
     device = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()  # not yet the current one
     return fp8_problem(args.fp8_recipe, torch.cuda.get_device_capability(device), torch.version.cuda)
+
+
+def fuser_conflict(settings: Any) -> str | None:
+    """Why our operation cannot be in Transformer Engine's op fuser: one sentence, or None.
+
+    Args:
+        settings: Megatron's parsed arguments or a TransformerConfig, where Transformer Engine loads.
+    """
+    if not getattr(settings, "use_transformer_engine_op_fuser", False):
+        return None
+    if why := version_problem():
+        return f"{FUSER_FLAG}: {why}: remove the flag or install that version"
+    if settings.fp8 and settings.fp8_recipe == "delayed":
+        return (
+            f"{FUSER_FLAG} with --fp8-recipe delayed: Megatron saves no scales of its operations, and recomputes with "
+            "others: remove the flag or use --fp8-recipe tensorwise, blockwise or mxfp8"
+        )
+    return None
 
 
 def notice(args: Any) -> str | None:

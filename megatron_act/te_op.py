@@ -16,10 +16,11 @@ from megatron.core.extensions.transformer_engine import TEFusedMLP
 from torch import Tensor
 from transformer_engine.pytorch.ops import BasicOperation
 
-from megatron_act import fp8_function, te_buffers
+from megatron_act import fp8_function, fp8_output, te, te_buffers
 from megatron_act.activation import TrainableActivation
 from megatron_act.fp8_function import Plan
 from megatron_act.mlp import ActivationMLP
+from megatron_act.once import log_once
 
 
 class ActivationOperation(BasicOperation):
@@ -47,12 +48,12 @@ class ActivationOperation(BasicOperation):
         next_op_input_quantizer: Any | None,
     ) -> Any:
         """y, by the quantizer of the next operation if it has one that the kernels serve."""
-        x = plain(input_)
+        x = _plain(input_, input_.dtype)
         plan = Plan(
             self.activation.activation.name,
             self.activation.backend,
-            next_op_input_quantizer if _fits(next_op_input_quantizer, x) else None,
-            prev_op_grad_output_quantizer if _fits(prev_op_grad_output_quantizer, x, gradient=True) else None,
+            _served(next_op_input_quantizer, x),
+            _served(prev_op_grad_output_quantizer, x, gradient=True),
             self.activation.fp8_store,
         )
         y, tensors, saved = fp8_function.compute(plan, x, None, self.activation.raw_scalars())
@@ -63,7 +64,7 @@ class ActivationOperation(BasicOperation):
 
     def op_backward(self, ctx: Any, grad_output: Tensor) -> tuple[Any, tuple[Tensor, ...]]:
         """(dx, by the quantizer of the operation before; the scalars' gradients)."""
-        grad = plain(grad_output, ctx.saved.like.dtype)
+        grad = _plain(grad_output, ctx.saved.like.dtype)
         dx, dparams, _ = fp8_function.differentiate(ctx.saved, grad, ctx.saved_tensors)
         return dx, self.activation.received(dparams)
 
@@ -75,12 +76,18 @@ class ActivationFusedMLP(TEFusedMLP, ActivationMLP):
         return ActivationOperation(self.activation_func)
 
 
-def plain(tensor: Any, dtype: torch.dtype | None = None) -> Tensor:
+def _plain(tensor: Any, dtype: torch.dtype) -> Tensor:
     """A contiguous tensor of float; a quantized one is dequantized."""
-    if hasattr(tensor, "dequantize") and hasattr(tensor, "_quantizer"):
-        tensor = tensor.dequantize(dtype=dtype) if dtype else tensor.dequantize()
-    return tensor.contiguous()
+    return (tensor.dequantize(dtype=dtype) if hasattr(tensor, "_quantizer") else tensor).contiguous()
 
 
-def _fits(quantizer: Any, x: Tensor, gradient: bool = False) -> bool:
-    return quantizer is not None and te_buffers.misfit(quantizer, x, gradient) is None
+def _served(quantizer: Any | None, x: Tensor, gradient: bool = False) -> Any | None:
+    """The quantizer of a neighbour, if the kernels can fill its tensor; else None, and it quantizes itself."""
+    if quantizer is None:
+        return None
+    what = "gradient" if gradient else "activation"
+    why = te_buffers.misfit(quantizer, x, gradient) or fp8_output.unfit_recipe()
+    if why is None:
+        return quantizer
+    log_once(f"{te.FUSER_FLAG}: {why}; the {what} stays bf16 there")
+    return None
