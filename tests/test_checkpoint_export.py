@@ -1,69 +1,35 @@
-"""Export of checkpoints that Megatron training wrote at TP=2 and PP=2, judged by a Python with transformers only."""
+"""Export of checkpoints that Megatron training wrote at TP=2, PP=2, EP=2, judged by a Python with transformers only."""
 
+import copy
 import importlib.util
 import json
-import math
-import os
 import pickle
 import shutil
 import subprocess
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from checkpoint_runs import ARMS, KINDS, LAYERS, PP2, ROOT, STEPS, VOCAB_SIZE, XIELU, run, train
+from checkpoint_support import MISTAKES, altered, changes_of, opened
+from forked_runs import ForkedRuns, forked_runs
+from safetensors.torch import load_file
 
 from megatron_act.checkpoint import verify as verification
+from megatron_act.checkpoint.differences import Verified
 from megatron_act.checkpoint.export import export
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 from megatron_act.checkpoint.scalars import check_scalars, effective_scalars
-from megatron_act.checkpoint.verify import Verified, verify_all
+from megatron_act.checkpoint.verify import verify_all
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
 
 pytestmark = pytest.mark.distributed
 
-ROOT = Path(__file__).parents[1]
-LAYERS, STEPS, VOCAB_SIZE = 4, 14, 127  # the vocabulary is padded to 256 at TP=2, to 128 at PP=2
 TOLERANCE = 1e-4
-COMMON = f"""
-    --cpu --num-layers {LAYERS} --hidden-size 64 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64
-    --normalization RMSNorm --norm-epsilon 1e-4 --position-embedding-type rope --disable-bias-linear
-    --attention-dropout 0 --hidden-dropout 0 --micro-batch-size 2 --global-batch-size 4 --lr 3e-2
-    --lr-decay-style constant --init-method-std 0.2 --eval-iters 0 --eval-interval 1000 --mock-data
-    --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --ckpt-format torch_dist --train-iters {STEPS}
-    --distributed-timeout-minutes 2"""
-TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
-UNTIED = "--untie-embeddings-and-output-weights"
-GROUPS = "--group-query-attention --num-query-groups 2"
-XIELU = (
-    f"--activation xielu --qk-layernorm --ffn-hidden-size 160 --kv-channels 24 --rotary-base 500000 {GROUPS} {UNTIED}"
-)
-ARMS = {
-    "apertus": f"{XIELU} {TP2}",
-    "qwen3": f"--swiglu --qk-layernorm --ffn-hidden-size 96 {GROUPS} {TP2}",  # tied embeddings
-    "llama": f"--swiglu --ffn-hidden-size 96 --use-rope-scaling {UNTIED} {PP2}",
-}
-
-
-def train(save: Path, flags: str, load: Path | None = None) -> Path:
-    """Runs Megatron on 2 ranks and returns the save folder; with ``load`` at the last step it only saves again."""
-    where = f"--save {save} --save-interval {STEPS if load is None else 10 * STEPS}"
-    words = f"{COMMON} {flags} {where} {f'--load {load}' if load else ''}".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = run([*command, "-m", "megatron_act.pretrain_gpt", *words])
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return save
-
-
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    ours = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1", "TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command, cwd=ROOT, env=os.environ | ours, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +38,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(base: Path) -> dict[str, Path]:
-    return {name: train(base / name, flags) for name, flags in ARMS.items()}
+def forked(base: Path) -> Iterator[ForkedRuns]:
+    with forked_runs(base / "server.log") as runs:
+        yield runs
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, forked: ForkedRuns) -> dict[str, Path]:
+    return {name: train(forked, base / name, flags) for name, flags in ARMS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +56,7 @@ def exported(trained: dict[str, Path], base: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def verified(trained: dict[str, Path], exported: dict[str, Path]) -> dict[str, Verified]:
     pairs = [(trained[name], exported[name]) for name in ARMS]
-    return dict(zip(ARMS, verify_all(pairs, length=64), strict=True))
+    return dict(zip(ARMS, verify_all(pairs, length=64, new_tokens=8), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +75,10 @@ def command() -> Callable[[list[str]], int]:
     return call
 
 
-def test_scalars_moved_and_differ_by_layer(trained: dict[str, Path]) -> None:
-    layers = effective_scalars(MegatronCheckpoint(trained["apertus"]))
-    for param in kernels.get("xielu").params:
+@pytest.mark.parametrize(("name", "activation"), [("apertus", "xielu"), ("crrelu", "crrelu"), ("experts", "xielu")])
+def test_scalars_moved_and_differ_by_layer(trained: dict[str, Path], name: str, activation: str) -> None:
+    layers = effective_scalars(MegatronCheckpoint(trained[name]))
+    for param in kernels.get(activation).params:
         values = [layer[param.name] for layer in layers]
         assert len(values) == LAYERS
         assert all(abs(value - param.init) > 100 * TOLERANCE for value in values)
@@ -116,9 +89,32 @@ def test_scalars_moved_and_differ_by_layer(trained: dict[str, Path]) -> None:
 def test_logits_equal_megatrons(verified: dict[str, Verified], exported: dict[str, Path], name: str) -> None:
     assert verified[name].max_difference <= TOLERANCE
     assert verified[name].tokens == 4 * 64
-    assert len(verified[name].generated.split()) == 8 + 32
+    assert verified[name].same_generation(TOLERANCE) and len(verified[name].generated.split()) == 8 + 8
     config = json.loads((exported[name] / "config.json").read_text())
-    assert (config["model_type"], config["vocab_size"]) == (name, VOCAB_SIZE)
+    assert (config["model_type"], config["vocab_size"]) == (KINDS.get(name, name), VOCAB_SIZE)
+
+
+CORNERS = {
+    "apertus": ("heads in other groups", "other head dim", "no QK-norm", "tied"),
+    "qwen3": ("up for gate", "untied", "no QK-norm"),
+    "llama": ("up for gate", "plain rope", "tied", "rope of pairs", "keys for values", "default eps"),
+    "arcee": ("other head dim", "heads in other groups"),
+    "crrelu": ("no QK-norm", "untied", "rope of pairs"),
+    "experts": ("keys for values", "default eps"),
+    "own-scalars": ("no QK-norm",),
+}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_corner_case_shows_in_the_logits(exported: dict[str, Path], name: str) -> None:
+    """What each mistake would have made of the export, whose own logits are Megatron's (the test above)."""
+    model, tokens = opened(exported[name]), torch.arange(64)[None]
+    with torch.no_grad():
+        wanted = model(tokens).logits
+        for mistake, change in ({key: MISTAKES[key] for key in CORNERS[name]} | changes_of(model)).items():
+            other = copy.deepcopy(model)
+            change(other)
+            assert (other(tokens).logits - wanted).abs().max() > 2 * TOLERANCE, mistake
 
 
 NORMS = {"input_layernorm": "self_attention.linear_qkv.layer_norm", "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm"}
@@ -132,8 +128,8 @@ for path, output in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
 
 
 def test_reader_returns_what_megatron_loads(trained: dict[str, Path], tmp_path: Path) -> None:
-    checkpoints = {name: MegatronCheckpoint(trained[name]) for name in ARMS}
-    words = [str(word) for name in ARMS for word in (checkpoints[name].path, tmp_path / name)]
+    checkpoints = {name: MegatronCheckpoint(trained[name]) for name in ("apertus", "qwen3", "llama")}
+    words = [str(word) for name in checkpoints for word in (checkpoints[name].path, tmp_path / name)]
     done = run([sys.executable, "-c", DUMP, *words])
     assert done.returncode == 0, done.stderr
     for name, checkpoint in checkpoints.items():
@@ -154,39 +150,19 @@ def test_reader_returns_what_megatron_loads(trained: dict[str, Path], tmp_path: 
         assert seen == set(checkpoint.keys())
 
 
-def test_export_is_the_same_from_tp2_and_pp2(trained: dict[str, Path], exported: dict[str, Path], base: Path) -> None:
-    other = train(base / "apertus-pp2", f"{XIELU} {PP2} --make-vocab-size-divisible-by 256", load=trained["apertus"])
+def test_export_is_the_same_from_tp2_and_pp2(
+    trained: dict[str, Path], exported: dict[str, Path], base: Path, forked: ForkedRuns
+) -> None:
+    other = train(
+        forked, base / "apertus-pp2", f"{XIELU} {PP2} --make-vocab-size-divisible-by 256", load=trained["apertus"]
+    )
     assert MegatronCheckpoint(other).args.pipeline_model_parallel_size == 2
     again = export(other, base / "hf-apertus-pp2", progress=False).output
     for file in ("model.safetensors", "config.json"):
         assert (again / file).read_bytes() == (exported["apertus"] / file).read_bytes()
 
 
-def altered(source: Path, folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
-    shutil.copytree(source, folder)
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 OPTIONS = {"text": None, "prompt": "", "windows": 2, "length": 64, "new_tokens": 1, "sample": False}
-
-
-def test_every_scalar_reset_is_noticed(exported: dict[str, Path], tmp_path: Path) -> None:
-    """The first folder is the export itself, whose logits are Megatron's (test_logits_equal_megatrons)."""
-    params = {f"alpha_{sign}": kernels.get("xielu").params[i].raw_init for i, sign in enumerate("pn")}
-    resets = {f"model.layers.{i}.mlp.act_fn.{name}": [raw] for i in range(LAYERS) for name, raw in params.items()}
-    resets |= {f"model.layers.{i}.mlp.act_fn.beta": 0.49 for i in range(LAYERS)}
-    folders = [exported["apertus"]]
-    for name, value in resets.items():
-        change = {name: torch.tensor(value)}
-        folders.append(altered(folders[0], tmp_path / name, lambda tensors, new=change: tensors.update(new)))
-    places = [tmp_path / f"answer-{folder.name}" for folder in folders]
-    verification.run_transformers(places, [OPTIONS | {"folder": str(folder)} for folder in folders])
-    for name, place in zip(resets, places[1:], strict=True):
-        shutil.copy(places[0] / "hf_logits.npy", place / "megatron_logits.npy")
-        assert verification.compare(place).max_difference > 2 * TOLERANCE, name
 
 
 def test_missing_constants_are_refused(exported: dict[str, Path], tmp_path: Path) -> None:
@@ -220,25 +196,14 @@ def words(base: Path) -> Path:
     return base / "tokenizer"
 
 
-def test_commands_with_tokenizer(
-    trained: dict[str, Path], words: Path, tmp_path: Path, command: Callable, capsys: pytest.CaptureFixture
-) -> None:
-    output, text = tmp_path / "hf", tmp_path / "text.txt"
-    text.write_text(" ".join(f"word{2 + i * i % 118}" for i in range(300)))
+def test_command_with_tokenizer(trained: dict[str, Path], words: Path, tmp_path: Path, command: Callable) -> None:
+    output = tmp_path / "hf"
     load = str(trained["apertus"])
     assert command(["export", "--load", load, "--output", str(output), "--tokenizer", str(words)]) == 0
     assert (output / "tokenizer.json").read_bytes() == (words / "tokenizer.json").read_bytes()
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 1
     config = json.loads((output / "config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"], config["vocab_size"]) == (1, None, 120)
-    verify = ["verify", "--load", load, "--hf", str(output), "--text", str(text), "--prompt", "word7 word9"]
-    capsys.readouterr()
-    assert command(verify) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert "256 tokens" in lines[0] and lines[2].split(maxsplit=1)[1].startswith("'word7 word9")
-    wrong = altered(output, tmp_path / "wrong", lambda tensors: tensors["model.layers.3.mlp.act_fn.alpha_p"].zero_())
-    assert command([*verify[:4], str(wrong), *verify[5:]]) == 1
-    assert "DIFFERENT" in capsys.readouterr().out
 
 
 def test_bfloat16_keeps_scalars_in_fp32(trained: dict[str, Path], exported: dict[str, Path], tmp_path: Path) -> None:
@@ -265,18 +230,6 @@ def test_shards_hold_the_same_tensors(trained: dict[str, Path], exported: dict[s
         parts |= shard
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
     assert parts.keys() == whole.keys() and all(torch.equal(parts[name], whole[name]) for name in whole)
-
-
-def test_info(trained: dict[str, Path], command: Callable, capsys: pytest.CaptureFixture) -> None:
-    assert command(["info", str(trained["apertus"])]) == 0
-    text = capsys.readouterr().out
-    layers = effective_scalars(MegatronCheckpoint(trained["apertus"]))
-    rows = [line.split() for line in text.splitlines()[-LAYERS:]]
-    for row, layer in zip(rows, layers, strict=True):
-        assert math.isclose(float(row[1]), layer["alpha_p"], abs_tol=1e-6)
-        assert math.isclose(float(row[2]), layer["alpha_n"], abs_tol=1e-6)
-    for part in (f"iteration    {STEPS}", "tensor_model_parallel_size 2", "xielu", "ApertusForCausalLM", "4x160x64"):
-        assert part in text
 
 
 def test_check_scalars(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -322,6 +275,7 @@ def test_bad_input_is_one_line_and_code_2(
     good, output = str(trained["apertus"]), tmp_path / "out" / "hf"
     bare = without_scalars(trained["apertus"], tmp_path / "bare")
     other = with_arguments(trained["apertus"], tmp_path / "other", activation="crrelu")
+    normed = with_arguments(trained["apertus"], tmp_path / "normed", qk_layernorm=False)
     biased = with_arguments(trained["apertus"], tmp_path / "biased", add_bias_linear=True)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("x")
@@ -338,23 +292,39 @@ def test_bad_input_is_one_line_and_code_2(
         (["export", "--load", str(tmp_path / "empty"), *to], "expected a Megatron checkpoint"),
         (["export", "--load", str(cut), *to], "broken .metadata"),
         (["export", "--load", str(bare), *to], "expected a checkpoint with the scalars of xielu"),
-        (["export", "--load", str(other), *to], "crrelu with --qk-layernorm"),
+        (["export", "--load", str(other), *to], "expected a checkpoint with the scalars of crrelu"),
+        (["export", "--load", str(normed), *to], "k_layernorm.weight besides: it would be lost"),
         (["export", "--load", str(biased), *to], "it needs --disable-bias-linear"),
         (
             ["export", "--load", good, *to, "--tokenizer", str(tmp_path / "empty")],
             "expected a folder with tokenizer.json",
         ),
         (["export", "--load", good, *to, "--vocab-size", "999"], "256 embedding rows, got 999"),
-        (["export", "--load", good, *to, "--max-shard-gb", "0"], "--max-shard-gb"),
+        (["export", "--load", good, *to, "--max-shard-size", "0GB"], "--max-shard-size"),
+        (
+            ["export", "--load", good, *to, "--family", "gpt2"],
+            "apertus, arcee, llama, qwen3, megatron_act",
+        ),
+        (["export", "--load", good, *to, "--family", "arcee"], "got xielu with --qk-layernorm: leave the flag out"),
+        (["export", "--load", good, *to, "--metrics-jsonl", str(tmp_path / "none")], "--metrics-jsonl"),
+        (["import", "--hf", str(exported["llama"]), "--save", good], "expected a new folder"),
+        (["import", "--hf", str(tmp_path / "empty"), "--save", str(output)], "a config.json"),
+        (
+            ["import", "--hf", str(exported["llama"]), "--save", str(output), "--activation", "xielu"],
+            "silu(gate x) * (up x)",
+        ),
+        (["import", "--hf", str(exported["arcee"]), "--save", str(output), "--activation", "xeilu"], "'xielu'"),
+        (["import", "--hf", str(exported["experts"]), "--save", str(output), "--activation", "gelu"], "got experts"),
+        (["import", "--hf", str(exported["llama"]), "--save", str(output), "--text", "x"], "expected --activation"),
+        (["import", "--hf", good, "--save", str(output), "--tensor-model-parallel-size", "0"], "at least 1, got 0"),
         (["export", "--load", good, *to, "--dtype", "float8"], "float8"),
         (["export", "--load", good, "--output", str(exported["llama"])], "add --overwrite"),
         (["export", "--load", good, "--output", good, "--overwrite"], "expected a model folder to overwrite"),
         (["export", "--load", good, "--output", str(tmp_path / "file" / "hf")], "a place to write to"),
         (["verify", "--load", good, "--hf", str(tmp_path / "empty")], "config.json"),
         (["verify", "--load", good, "--hf", str(exported["apertus"]), "--text", str(tmp_path / "none")], "--text"),
-        (["verify", "--load", good, "--hf", str(exported["apertus"]), "--text", __file__], "expected a tokenizer in"),
         (["info", str(tmp_path / "none")], "got nothing"),
-        ([], "{export,verify,info}"),
+        ([], "{export,import,verify,info}"),
     ]
     for words, expected in cases:
         assert command(words) == 2, words
@@ -376,7 +346,7 @@ def test_overwrite_and_failure_leave_whole_folders(
         patch.setattr("megatron_act.checkpoint.export._write_rest", fails)
         with pytest.raises(OSError, match="no space"):
             export(trained["apertus"], output, overwrite=True, progress=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hf.partial", "hf"]  # its weights can be used again
     assert (output / "config.json").read_bytes() == (exported["llama"] / "config.json").read_bytes()
     export(trained["apertus"], output, overwrite=True, progress=False)
     assert (output / "config.json").read_bytes() == (exported["apertus"] / "config.json").read_bytes()
@@ -385,6 +355,6 @@ def test_overwrite_and_failure_leave_whole_folders(
 
 def test_help() -> None:
     tool = str(ROOT / "tools" / "convert_checkpoint.py")
-    for words in ([], ["export"], ["verify"], ["info"]):
+    for words in ([], ["export"], ["import"], ["verify"], ["info"]):
         done = subprocess.run([sys.executable, tool, *words, "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "usage:" in done.stdout

@@ -10,7 +10,13 @@ CONFTEST = (Path(__file__).parent / "conftest.py").read_text()
 
 @pytest.mark.parametrize(
     ("reason", "code"),
-    [("no GPU", 0), ("data that may not ship: edu_sample not found", 0), ("megatron is missing", 1), ("slow", 1)],
+    [
+        ("no GPU", 0),
+        ("no lm-eval is installed", 0),
+        ("data that may not ship: edu_sample not found", 0),
+        ("megatron is missing", 1),
+        ("slow", 1),
+    ],
 )
 def test_only_listed_reasons_pass(pytester: pytest.Pytester, reason: str, code: int) -> None:
     pytester.makeconftest(CONFTEST)

@@ -1,5 +1,5 @@
-"""Megatron checkpoints to Hugging Face: read tensor by tensor, mapped by tables, written as safetensors, proven equal.
+"""Megatron checkpoints to Hugging Face and back: read tensor by tensor, mapped by tables, written, proven equal.
 
-``reader`` and ``scalars`` need torch only; ``export`` adds a tokenizer's transformers; only ``verify`` runs Megatron,
-and it does so in a process of its own.
+``reader``, ``torch_dist`` and ``scalars`` need torch only; ``export`` and ``import_hf`` add transformers (tokenizer and
+config). Only ``verify`` runs a model in Megatron and the import asks Megatron's parser, in processes of their own.
 """

@@ -1,5 +1,7 @@
 """Exports a Megatron checkpoint to a Hugging Face model folder."""
 
+import logging
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,14 +13,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_act.checkpoint import families
-from megatron_act.checkpoint.families import Family, Rule
-from megatron_act.checkpoint.picks import PICKS, Geometry
+from megatron_act.checkpoint.card import Model, card_text
+from megatron_act.checkpoint.families import Family, Rule, expanded
+from megatron_act.checkpoint.generation import generation_config
+from megatron_act.checkpoint.hf_config import config as hf_config
+from megatron_act.checkpoint.picks import Geometry, cut
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 from megatron_act.checkpoint.scalars import scalar_names, trained_activation
 from megatron_act.checkpoint.tokenizer import Tokenizer, find_tokenizer, unpadded_vocab_size
 from megatron_act.checkpoint.writer import Entry, check_output, complete_folder, write_json, write_model
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers' save_pretrained made for years
@@ -42,14 +49,14 @@ class _LastTensor:
 
     def __init__(self, checkpoint: MegatronCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.place: tuple[str, int | None] | None = None
+        self.place: tuple | None = None
         self.tensor = torch.empty(0)
 
-    def __call__(self, name: str, layer: int | None) -> Tensor:
-        if self.place != (name, layer):
+    def __call__(self, name: str, layer: int | None = None, row: tuple[int, ...] = ()) -> Tensor:
+        if self.place != (name, layer, row):
             self.place, self.tensor = None, torch.empty(0)  # drop the old one before the next is read
-            read = self.checkpoint.tensor if layer is None else partial(self.checkpoint.layer_tensor, layer=layer)
-            self.tensor, self.place = read(name), (name, layer)
+            where = partial(self.checkpoint.layer_tensor, layer=layer) if layer is not None else self.checkpoint.tensor
+            self.tensor, self.place = where(name, row=row), (name, layer, row)
         return self.tensor
 
 
@@ -63,14 +70,14 @@ def entries(checkpoint: MegatronCheckpoint, family: Family, vocab_size: int, dty
     geometry = Geometry(args.num_attention_heads, args.num_query_groups, args.kv_channels, vocab_size)
     untied = (families.UNTIED,) if args.untie_embeddings_and_output_weights else ()
     for rule in (*families.MODEL, *untied):
-        yield _entry(
-            rule, rule.hf, checkpoint.info(rule.megatron).shape, partial(last, rule.megatron, None), geometry, dtype
-        )
+        shape = checkpoint.info(rule.megatron).shape
+        yield _entry(rule, rule.hf, shape, partial(last, rule.megatron), geometry, dtype)
     for layer in range(args.num_layers):
         prefix = f"model.layers.{layer}."
-        for rule in family.layer:
-            shape = checkpoint.layer_info(rule.megatron, layer).shape
-            yield _entry(rule, prefix + rule.hf, shape, partial(last, rule.megatron, layer), geometry, dtype)
+        for rule, name, row in expanded(family, getattr(args, "num_experts", None)):
+            key = rule.megatron if checkpoint.has_layer_tensor(rule.megatron, layer) else rule.other or rule.megatron
+            shape = checkpoint.layer_info(key, layer).shape[len(row) :]
+            yield _entry(rule, prefix + name, shape, partial(last, key, layer, row), geometry, dtype)
         for name, value in family.constants.items():
             yield Entry(prefix + name, (), torch.float32, partial(torch.tensor, value))
 
@@ -78,9 +85,9 @@ def entries(checkpoint: MegatronCheckpoint, family: Family, vocab_size: int, dty
 def _entry(
     rule: Rule, name: str, shape: tuple[int, ...], read: Callable[[], Tensor], geometry: Geometry, dtype: torch.dtype
 ) -> Entry:
-    pick = PICKS[rule.pick]
-    planned = pick(torch.empty(shape, device="meta"), geometry)
-    return Entry(name, tuple(planned.shape), torch.float32 if rule.scalar else dtype, lambda: pick(read(), geometry))
+    planned = cut(rule.pick, torch.empty(shape, device="meta"), geometry)
+    kept = torch.float32 if rule.scalar else dtype
+    return Entry(name, tuple(planned.shape), kept, lambda: cut(rule.pick, read(), geometry))
 
 
 def export(
@@ -90,6 +97,8 @@ def export(
     dtype: str | None = None,
     tokenizer: str | Path | None = None,
     vocab_size: int | None = None,
+    family: str | None = None,
+    metrics: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = True,
@@ -102,6 +111,8 @@ def export(
         dtype: ``float32`` or ``bfloat16`` for the weights (default: as stored). The activation's scalars stay fp32.
         tokenizer: folder with Hugging Face tokenizer files (default: the checkpoint's ``--tokenizer-model`` folder).
         vocab_size: rows of the embedding to keep (default: the tokenizer's size; what is beyond is padding).
+        family: one of ``families.NAMES``; default: what transformers has, else this project's modelling file.
+        metrics: what the run's ``--metrics-jsonl`` wrote, for the model card.
         max_shard_bytes: largest size of one weight file.
         overwrite: replace an existing model folder.
         progress: show a progress bar on standard error.
@@ -113,20 +124,25 @@ def export(
     check_output(output, overwrite)
     checkpoint = MegatronCheckpoint(load)
     args, activation = checkpoint.args, trained_activation(checkpoint.args)
-    family = families.choose(args, activation)
+    chosen = families.choose(args, activation, family)
+    if chosen is families.ARCEE_XIELU:
+        log.warning("--family arcee: %s", families.ARCEE_NOTE)
     check_has_scalars(checkpoint, activation)
+    check_all_used(checkpoint, chosen)
     words = find_tokenizer(args, tokenizer)
     padded = checkpoint.info(families.MODEL[0].megatron).shape[0]
     vocab_size = unpadded_vocab_size(args, words, padded, vocab_size)
     stored = checkpoint.info(families.MODEL[0].megatron).dtype
     dtype = dtype or ("float32" if stored == torch.float32 else "bfloat16")
-    plan = list(entries(checkpoint, family, vocab_size, DTYPES[dtype]))
-    config = families.config(family, args, vocab_size, dtype, words.token_ids if words else NO_TOKENS)
-    with complete_folder(output, overwrite) as folder:
-        _write_weights(folder, plan, max_shard_bytes, progress)
-        _write_rest(folder, config, words)
+    plan = list(entries(checkpoint, chosen, vocab_size, DTYPES[dtype]))
+    config = hf_config(chosen, args, vocab_size, dtype, words.token_ids if words else NO_TOKENS)
     parameters = sum(torch.Size(entry.shape).numel() for entry in plan if entry.shape)
-    return Exported(output, family.architecture, activation, checkpoint.iteration, vocab_size, dtype, parameters)
+    model = Model(output.name, chosen.architecture, activation, dtype, parameters, chosen.ships_code)
+    card = card_text(checkpoint, model, metrics)
+    with complete_folder(output, overwrite, checkpoint.identity) as folder:
+        _write_weights(folder, plan, max_shard_bytes, progress)
+        _write_rest(folder, config, words, card, chosen.ships_code)
+    return Exported(output, chosen.architecture, activation, checkpoint.iteration, vocab_size, dtype, parameters)
 
 
 NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -143,15 +159,29 @@ def check_has_scalars(checkpoint: MegatronCheckpoint, activation: str) -> None:
         )
 
 
+def check_all_used(checkpoint: MegatronCheckpoint, family: Family) -> None:
+    """Raises UserError for a tensor that the family has no rule for, such as the norms of queries and keys in Llama."""
+    layer = {name for rule in family.layer for name in (rule.megatron, rule.other)}
+    known = {rule.megatron for rule in (*families.MODEL, families.UNTIED)}
+    for name in tuple(checkpoint.keys()):
+        within = re.sub(r"^decoder\.layers\.(\d+\.)?", "", name)
+        if name not in known and within not in layer:
+            raise UserError(
+                f"{checkpoint.path}: expected the tensors of {family.architecture} as the saved arguments describe it, "
+                f"got {name} besides: it would be lost"
+            )
+
+
 def _write_weights(folder: Path, plan: list[Entry], max_shard_bytes: int, progress: bool) -> None:
     total = sum(entry.size_bytes for entry in plan)
     with tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=not progress) as bar:
         write_model(folder, plan, max_shard_bytes, bar.update)
 
 
-def _write_rest(folder: Path, config: dict, words: Tokenizer | None) -> None:
+def _write_rest(folder: Path, config: dict, words: Tokenizer | None, card: str, ships_code: bool) -> None:
     write_json(folder / "config.json", config)
-    tokens = {key: config[key] for key in NO_TOKENS if config[key] is not None}
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
-    for file in words.files if words else ():
+    write_json(folder / "generation_config.json", generation_config(config, words))
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    code = [Path(__file__).with_name(f"{kind}_{families.OWN}.py") for kind in ("configuration", "modeling")]
+    for file in (*(words.files if words else ()), *(code if ships_code else ())):
         shutil.copy(file, folder / file.name)

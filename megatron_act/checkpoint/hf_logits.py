@@ -16,14 +16,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def open_model(folder: str) -> Any:
+def open_model(folder: str, trust: bool = False) -> Any:
     """The model in fp32; every tensor of it must come from the folder.
 
     Raises:
         SystemExit: tensors missing, left over or of another shape.
     """
     options: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
-    opened: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    options |= {"output_loading_info": True, "trust_remote_code": trust}
+    opened: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     model, info = opened
     wrong = {key: sorted(map(str, names)) for key, names in info.items() if names}
     if wrong:
@@ -55,34 +56,54 @@ def token_windows(request: dict[str, Any], tokenizer: Any, vocab_size: int) -> t
     return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
 
 
-def generate(model: Any, tokenizer: Any, request: dict[str, Any], tokens: torch.Tensor) -> str:
-    """A continuation of the prompt as text, or as ids where there is no tokenizer."""
+def generate(model: Any, tokenizer: Any, request: dict[str, Any], tokens: torch.Tensor, work: Path) -> None:
+    """Continues the prompt: ``generated.txt`` (text, or ids where there is no tokenizer), ``generated.npy`` (its ids).
+
+    ``margins.npy`` has for each new token the distance between the two largest logits.
+    """
     prompt = tokens[:1, :8]
     if tokenizer is not None:
         prompt = torch.tensor([tokenizer(request["prompt"], add_special_tokens=False)["input_ids"]])
-    room = model.config.max_position_embeddings - prompt.shape[1]
-    torch.manual_seed(0)
-    result = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max(1, min(request["new_tokens"], room)),
-        do_sample=request["sample"],
-    )[0]
-    return tokenizer.decode(result, skip_special_tokens=True) if tokenizer else " ".join(map(str, result.tolist()))
+    room = min(request["new_tokens"], model.config.max_position_embeddings - prompt.shape[1])
+    ids, margins = prompt, torch.empty(0)
+    if room > 0:
+        torch.manual_seed(0)
+        options = {"max_new_tokens": room, "do_sample": request["sample"]}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        done = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+        best = torch.cat(done.logits).float().topk(2).values
+        ids, margins = done.sequences, best[:, 0] - best[:, 1]
+    text = tokenizer.decode(ids[0], skip_special_tokens=True) if tokenizer else " ".join(map(str, ids[0].tolist()))
+    (work / "generated.txt").write_text(text, encoding="utf-8")
+    np.save(work / "generated.npy", ids[0].numpy())
+    np.save(work / "margins.npy", margins.numpy())
+
+
+def watch(model: Any, states: dict[str, list[torch.Tensor]]) -> None:
+    """Collects what embedding, layers and last norm return, by name, in order, (1, length, hidden) a window."""
+    layers = {f"layer {i}": layer for i, layer in enumerate(model.model.layers)}
+    for name, part in {"embedding": model.model.embed_tokens, **layers, "final norm": model.model.norm}.items():
+        kept = states.setdefault(name, [])
+        part.register_forward_hook(lambda _, __, out, kept=kept: kept.append(out[0] if isinstance(out, tuple) else out))
 
 
 @torch.no_grad()
 def answer(path: str) -> None:
-    """Answers a request: ``tokens.npy``, ``hf_logits.npy`` (windows, length, vocabulary) and ``generated.txt``."""
+    """Answers a request: ``tokens.npy``, ``hf_logits.npy`` (windows, length, vocabulary), ``hf_states.npy`` (places,
+    windows, length, hidden) with the places' names in ``places.json``, and what `generate` writes."""
     request = json.loads(Path(path).read_text(encoding="utf-8"))
-    model, tokenizer = open_model(request["folder"]), open_tokenizer(request["folder"])
+    model, tokenizer = open_model(request["folder"], request["trust"]), open_tokenizer(request["folder"])
     length = min(request["length"], model.config.max_position_embeddings)
     tokens = token_windows({**request, "length": length}, tokenizer, model.config.vocab_size)
-    logits = torch.cat([model(window[None]).logits for window in tokens])
     work = Path(path).parent
+    generate(model, tokenizer, request, tokens, work)
+    states: dict[str, list[torch.Tensor]] = {}
+    watch(model, states)
+    logits = torch.cat([model(window[None]).logits for window in tokens])
     np.save(work / "tokens.npy", tokens.numpy())
     np.save(work / "hf_logits.npy", logits.float().numpy())
-    (work / "generated.txt").write_text(generate(model, tokenizer, request, tokens), encoding="utf-8")
+    np.save(work / "hf_states.npy", np.stack([torch.cat(kept).float().numpy() for kept in states.values()]))
+    (work / "places.json").write_text(json.dumps(list(states)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,56 +1,78 @@
-"""What a checkpoint holds, as text."""
+"""What a checkpoint or a model folder holds, as a dictionary (``--json``) and as text."""
 
-from argparse import Namespace
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from megatron_act.checkpoint import families
+from megatron_act.checkpoint.info_checkpoint import describe_checkpoint
+from megatron_act.checkpoint.info_model import describe_flags, describe_model
 from megatron_act.checkpoint.reader import MegatronCheckpoint
-from megatron_act.checkpoint.scalars import effective_scalars, scalar_names, trained_activation
-from megatron_act.errors import UserError
-
-LAYOUT = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "world_size")
-MODEL = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 
 
-def describe(checkpoint: MegatronCheckpoint) -> str:
-    """Iteration, layout, model, tensors, and the activation's effective scalars by layer as text of several lines."""
-    args = checkpoint.args
-    activation = trained_activation(args)
-    tensors = checkpoint.keys()
-    parameters = sum(torch.Size(each.shape).numel() for each in tensors.values())
-    width = max(map(len, tensors), default=6)
-    lines = [
-        f"{checkpoint.path}",
-        f"iteration    {checkpoint.iteration}",
-        f"written at   {_values(args, LAYOUT)}",
-        f"model        {_values(args, MODEL)}",
-        f"parameters   {parameters:,} (vocabulary padding included)",
-        f"activation   {activation}, scalars: {', '.join(scalar_names(checkpoint)) or 'none'}",
-        f"exports as   {_destination(args, activation)}",
-        *("", f"{'tensor':<{width}} {'shape':<24} {'dtype':<10} chunks"),
-    ]
-    for name, info in tensors.items():
-        dtype = str(info.dtype).removeprefix("torch.")
-        lines.append(f"{name:<{width}} {'x'.join(map(str, info.shape)):<24} {dtype:<10} {checkpoint.chunks(name)}")
-    return "\n".join(lines + _scalar_table(checkpoint))
+def describe(path: str | Path) -> dict[str, Any]:
+    """Reads headers and scalars of a Megatron checkpoint, a Hugging Face folder or a YAML file of Megatron flags.
+
+    Raises:
+        UserError: none of the three, or a broken one.
+    """
+    path = Path(path)
+    if path.suffix in (".yaml", ".yml"):
+        return describe_flags(path)
+    if (path / "config.json").is_file():
+        return describe_model(path)
+    return describe_checkpoint(MegatronCheckpoint(path))
 
 
-def _values(args: Namespace, names: tuple[str, ...]) -> str:
-    return ", ".join(f"{name} {getattr(args, name, 'unknown')}" for name in names)
+def text(content: dict[str, Any]) -> str:
+    """`describe`'s answer as lines."""
+    lines = [content["path"], *(f"{name:<13}{value}" for name, value in _facts(content).items())]
+    return "\n".join([*lines, *_tensor_table(content["tensors"]), *_scalar_table(content.get("scalars_by_layer", []))])
 
 
-def _destination(args: Namespace, activation: str) -> str:
-    try:
-        return families.choose(args, activation).architecture
-    except UserError as error:
-        return f"nothing: {str(error).removeprefix('export: ')}"
+def _facts(content: dict[str, Any]) -> dict[str, str]:
+    names = {"kind": "kind", "iteration": "iteration", "architecture": "architecture", "activation": "activation"}
+    facts = {word: str(content[key]) for key, word in names.items() if key in content}
+    for key, word in (("layout", "written at"), ("model", "model")):
+        if content.get(key):
+            facts[word] = ", ".join(f"{name} {value}" for name, value in content[key].items())
+    facts["parameters"] = f"{content['parameters']:,}" + (" (vocabulary padding included)" * ("layout" in content))
+    if "exports_as" in content:
+        facts["exports as"] = content["exports_as"] or f"nothing: {content['why_not']}"
+    facts.update(content.get("opens_in", {}))
+    cost = content["conversion"]
+    facts["converting"] = (
+        f"at most {_gb(cost['peak_memory_bytes'])} of memory (largest tensor: {cost['largest_tensor']}, "
+        f"{_gb(cost['largest_tensor_bytes'])}), {_gb(cost['disk_bytes'])} of disk in the stored dtype"
+    )
+    return facts
 
 
-def _scalar_table(checkpoint: MegatronCheckpoint) -> list[str]:
-    if not scalar_names(checkpoint):
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e7 else f"{size / 1e6:.2f} MB"
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> list[str]:
+    if not tensors:
         return []
-    layers = effective_scalars(checkpoint)
-    names = list(layers[0])
-    rows = [f"{layer:>5}" + "".join(f"{values[name]:>14.6f}" for name in names) for layer, values in enumerate(layers)]
-    return ["", "layer" + "".join(f"{name:>14}" for name in names) + "   (effective values)", *rows]
+    width = max(len(each["name"]) for each in tensors)
+    *_, last = tensors[0]  # chunks of a checkpoint, file of a folder
+    head = f"{'tensor':<{width}} {'shape':<24} {'dtype':<10} {last}"
+    rows = [
+        f"{each['name']:<{width}} {'x'.join(map(str, each['shape'])) or 'scalar':<24} {each['dtype']:<10} {each[last]}"
+        for each in tensors
+    ]
+    return ["", head, *rows]
+
+
+def _scalar_table(layers: list[dict[str, list[float]]]) -> list[str]:
+    if not layers:
+        return []
+    names = list(dict.fromkeys(name for layer in layers for name in layer))
+    rows = [
+        f"{i:>5}" + "".join(f"{_range(layer.get(name, [])):>20}" for name in names) for i, layer in enumerate(layers)
+    ]
+    return ["", "layer" + "".join(f"{name:>20}" for name in names) + "   (effective values)", *rows]
+
+
+def _range(values: list[float]) -> str:
+    ends = sorted({min(values), max(values)}) if values else []
+    return "..".join(f"{value:.6f}" for value in ends) or "-"

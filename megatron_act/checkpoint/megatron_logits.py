@@ -2,12 +2,14 @@
 
     python -m megatron_act.checkpoint.megatron_logits CHECKPOINT FOLDER [CHECKPOINT FOLDER]...
 
-reads ``tokens.npy`` in each folder and writes ``megatron_logits.npy`` beside it.
+reads ``tokens.npy`` in each folder and writes ``megatron_logits.npy`` and ``megatron_states.npy`` beside it; where
+``request.json`` asks for a greedy text, it continues the prompt of ``generated.npy`` in ``megatron_generated.npy``.
 
 The model is built from the arguments that the checkpoint saved and loaded by Megatron's own distributed checkpointing,
 so that nothing of the export's tables or reader takes part in the comparison.
 """
 
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -64,7 +66,8 @@ def build_model(args: Namespace) -> Any:
     vars(args).update(PLAIN, params_dtype=torch.float32)
     config = gpt_config_from_args(args)
     if getattr(args, "activation", None):
-        config.transformer_layer_spec = layer_spec(args.activation, backend="reference")
+        own = getattr(args, "activation_per_expert", False)
+        config.transformer_layer_spec = layer_spec(args.activation, backend="reference", per_expert=own)
     return GPTModelBuilder(config).build_model(ProcessGroupCollection.use_mpu_process_groups()).eval()
 
 
@@ -105,15 +108,56 @@ def logits_of(model: Any, tokens: Any) -> Any:
         return torch.cat([model(window[None], positions, None) for window in tokens])
 
 
-def main(words: list[str]) -> None:
-    """Answers pairs of an ``iter_XXXXXXX`` folder and a folder with ``tokens.npy``."""
-    start()
+def states_of(model: Any, tokens: Any) -> tuple[Any, Any]:
+    """`logits_of`, and the hidden states (places, windows, length, hidden) behind embedding, layers and last norm."""
+    import torch
+
+    kept: list[list[torch.Tensor]] = []
+    hooks = []
+    for part in (model.embedding, *model.decoder.layers, model.decoder.final_layernorm):
+        kept.append([])
+        # (length, 1, hidden); a layer returns a context beside it
+        hooks.append(
+            part.register_forward_hook(
+                lambda _, __, out, into=kept[-1]: into.append((out[0] if isinstance(out, tuple) else out)[:, 0])
+            )
+        )
+    logits = logits_of(model, tokens)
+    for hook in hooks:
+        hook.remove()
+    return logits, torch.stack([torch.stack(windows) for windows in kept])
+
+
+def continued(model: Any, ids: Any, new_tokens: int, vocab_size: int) -> Any:
+    """Greedy continuation of ids (length,), the whole sequence computed anew for each token; padding rows never win."""
+    import torch
+
+    for _ in range(new_tokens):
+        best = logits_of(model, ids[None])[0, -1, :vocab_size].argmax()
+        ids = torch.cat([ids, best[None]])
+    return ids
+
+
+def answer(path: str, work: Path) -> None:
+    """Answers one folder with ``tokens.npy`` and ``hf_logits.npy`` for the checkpoint in ``path``."""
     import numpy as np
     import torch
 
+    model = load_model(path)
+    logits, states = states_of(model, torch.from_numpy(np.load(work / "tokens.npy")))
+    np.save(work / "megatron_logits.npy", logits.numpy())
+    np.save(work / "megatron_states.npy", states.numpy())
+    if not json.loads((work / "request.json").read_text(encoding="utf-8"))["sample"]:
+        ids, new = torch.from_numpy(np.load(work / "generated.npy")), len(np.load(work / "margins.npy"))
+        vocab_size = np.load(work / "hf_logits.npy", mmap_mode="r").shape[-1]
+        np.save(work / "megatron_generated.npy", continued(model, ids[: len(ids) - new], new, vocab_size).numpy())
+
+
+def main(words: list[str]) -> None:
+    """Answers pairs of an ``iter_XXXXXXX`` folder and a folder that `hf_logits` has answered."""
+    start()
     for path, folder in zip(words[::2], words[1::2], strict=True):
-        tokens = torch.from_numpy(np.load(Path(folder) / "tokens.npy"))
-        np.save(Path(folder) / "megatron_logits.npy", logits_of(load_model(path), tokens).numpy())
+        answer(path, Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How a Hugging Face tensor is cut out of a Megatron one. Each pick works on ``meta`` tensors too, to plan shapes.
+"""Which part of a Megatron tensor a Hugging Face tensor is, as a view: read for the export, filled by the import.
 
 Megatron's fused tensors, with H hidden, A query heads, G key/value groups, D features per head, F ffn width:
 ``linear_qkv``  (G x (A/G + 2) x D, H): per group its A/G query heads, then one key head, then one value head;
@@ -37,15 +37,15 @@ def _groups(qkv: Tensor, geometry: Geometry) -> Tensor:
 
 
 def _query(qkv: Tensor, geometry: Geometry) -> Tensor:
-    return _groups(qkv, geometry)[:, :-2].reshape(-1, qkv.shape[-1])
+    return _groups(qkv, geometry)[:, :-2]
 
 
 def _key(qkv: Tensor, geometry: Geometry) -> Tensor:
-    return _groups(qkv, geometry)[:, -2].reshape(-1, qkv.shape[-1])
+    return _groups(qkv, geometry)[:, -2]
 
 
 def _value(qkv: Tensor, geometry: Geometry) -> Tensor:
-    return _groups(qkv, geometry)[:, -1].reshape(-1, qkv.shape[-1])
+    return _groups(qkv, geometry)[:, -1]
 
 
 def _gate(fc1: Tensor, _: Geometry) -> Tensor:
@@ -69,3 +69,15 @@ PICKS: dict[str, Pick] = {
     "up": _up,
     "vocabulary": _vocabulary,
 }
+
+
+def cut(pick: str, tensor: Tensor, geometry: Geometry) -> Tensor:
+    """The Hugging Face tensor (rows, columns), a norm or a scalar; works on ``meta`` tensors, to plan shapes."""
+    view = PICKS[pick](tensor, geometry)
+    return view if view.dim() <= 2 else view.reshape(-1, view.shape[-1])
+
+
+def place(pick: str, tensor: Tensor, geometry: Geometry, part: Tensor) -> None:
+    """Copies a Hugging Face tensor to where `cut` finds it in a Megatron one; ``part`` has the shape of that cut."""
+    view = PICKS[pick](tensor, geometry)
+    view.copy_(part.reshape(view.shape))

@@ -5,6 +5,7 @@ ranks wrote them does not matter here. Layers that are alike share one tensor wi
 (``decoder.layers.mlp.linear_fc1.weight`` of shape (layers, ffn, hidden)), otherwise the layer is in the name.
 """
 
+import hashlib
 import io
 import json
 import pickle
@@ -69,6 +70,14 @@ class MegatronCheckpoint:
                 f"{self.path}: expected a complete checkpoint, got a broken .metadata file: {error}"
             ) from error
 
+    @property
+    def identity(self) -> str:
+        """Changes when a file of the checkpoint does: a hash of names, sizes and times, and of the metadata's bytes."""
+        digest = hashlib.sha256((self.path / ".metadata").read_bytes())
+        for file in sorted(path for path in self.path.iterdir() if path.is_file()):
+            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
     @cached_property
     def _common(self) -> dict[str, Any]:
         legacy = self.path / "common.pt"
@@ -122,40 +131,44 @@ class MegatronCheckpoint:
             raise UserError(f"{self.path}: expected a tensor {name}, the checkpoint has none (see the info command)")
         return self._tensors[name]
 
-    def tensor(self, name: str, row: int | None = None) -> Tensor:
-        """One whole tensor, or one row of its first dimension; memory: the result plus one stored chunk.
+    def tensor(self, name: str, row: tuple[int, ...] = ()) -> Tensor:
+        """One whole tensor, or a row of it; memory: the result plus one stored chunk.
 
         Args:
             name: a key of ``keys()``.
-            row: index into the first dimension, which is then dropped from the result.
+            row: indexes into the first dimensions, which are then dropped from the result.
 
         Raises:
             UserError: no such tensor.
         """
         stored = self._stored(name)
-        offsets, sizes = [0] * len(stored.size), list(stored.size)
-        if row is not None:
-            offsets[0], sizes[0] = row, 1
+        offsets = [*row, *(0 for _ in stored.size[len(row) :])]
+        sizes = [*(1 for _ in row), *stored.size[len(row) :]]
         result = torch.empty(sizes, dtype=stored.properties.dtype)
         wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
         items = create_read_items_for_chunk_list(name, stored, [wanted])
         self._reader.read_data(LoadPlan(items), _Into(result)).wait()
-        return result if row is None else result[0]
+        return result.reshape(sizes[len(row) :])
 
-    def _layer_key(self, name: str, layer: int) -> tuple[str, int | None]:
+    def _layer_key(self, name: str, layer: int) -> tuple[str, tuple[int, ...]]:
         if LAYERS + name in self._tensors:
-            return LAYERS + name, layer
-        return f"{LAYERS}{layer}.{name}", None
+            return LAYERS + name, (layer,)
+        return f"{LAYERS}{layer}.{name}", ()
 
     def layer_info(self, name: str, layer: int) -> TensorInfo:
         """Shape and dtype of one layer's tensor; ``name`` is what follows ``decoder.layers.``."""
         key, row = self._layer_key(name, layer)
         stored = self._stored(key)
-        return TensorInfo(tuple(stored.size)[0 if row is None else 1 :], stored.properties.dtype)
+        return TensorInfo(tuple(stored.size)[len(row) :], stored.properties.dtype)
 
-    def layer_tensor(self, name: str, layer: int) -> Tensor:
-        """One layer's tensor, whichever way the layers are stored; layers count from 0."""
-        return self.tensor(*self._layer_key(name, layer))
+    def has_layer_tensor(self, name: str, layer: int) -> bool:
+        """Whether a layer has a tensor of that name."""
+        return self._layer_key(name, layer)[0] in self._tensors
+
+    def layer_tensor(self, name: str, layer: int, row: tuple[int, ...] = ()) -> Tensor:
+        """One layer's tensor, whichever way the layers are stored, or a row of it; layers count from 0."""
+        key, first = self._layer_key(name, layer)
+        return self.tensor(key, first + row)
 
 
 class _Into(DefaultLoadPlanner):

@@ -1,9 +1,11 @@
 """The tokenizer that goes with an exported model: its files, its size, its special tokens."""
 
+import json
 import logging
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_act.errors import UserError
 
@@ -17,12 +19,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A Hugging Face tokenizer folder. ``size`` is its largest id + 1; ``token_ids`` its bos, eos and pad."""
+    """A Hugging Face tokenizer folder. ``size`` is its largest id + 1; ``token_ids`` its bos, eos and pad.
+
+    ``generation`` is the content of its ``generation_config.json``, if it has one.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     size: int
     token_ids: dict[str, int | None]
+    generation: dict[str, Any] | None = None
 
 
 def find_tokenizer(args: Namespace, folder: str | Path | None) -> Tokenizer | None:
@@ -61,7 +67,15 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         file for file in folder.iterdir() if file.suffix in SUFFIXES and not _is_weights(file.name) and file.is_file()
     )
     size = max(words.get_vocab().values()) + 1
-    return Tokenizer(folder, tuple(files), size, {name: getattr(words, name) for name in SPECIAL})
+    return Tokenizer(folder, tuple(files), size, {name: getattr(words, name) for name in SPECIAL}, _generation(folder))
+
+
+def _generation(folder: Path) -> dict[str, Any] | None:
+    file = folder / "generation_config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except ValueError as error:
+        raise UserError(f"{file}: expected a JSON file, got: {error}: repair or remove it") from None
 
 
 def _is_weights(name: str) -> bool:

@@ -38,7 +38,13 @@ def repair_tracker(folder: str | Path) -> str | None:
             f"{tracker}: expected an iteration number, got {word[:40]!r}: write the one to load, or remove it"
         )
     iteration = int(complete[-1].parent.name.removeprefix("iter_"))
+    write_tracker(folder, iteration)
+    return f"{tracker} was empty, as after a run that ended while it saved: set to {iteration}, completed last"
+
+
+def write_tracker(folder: str | Path, iteration: int) -> None:
+    """Makes a folder's tracker name an iteration: no process ever reads half of it."""
+    tracker = Path(folder) / TRACKER
     written = tracker.with_name(f"{TRACKER}.{uuid.uuid4()}")  # hosts may share process numbers
     written.write_text(str(iteration), encoding="utf-8")
     written.replace(tracker)
-    return f"{tracker} was empty, as after a run that ended while it saved: set to {iteration}, completed last"

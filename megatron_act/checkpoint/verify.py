@@ -1,4 +1,4 @@
-"""Proves an export: the same tokens through Megatron and through transformers, in two processes, logits compared."""
+"""Proves an export: the same tokens through Megatron and through transformers, in two processes, answers compared."""
 
 import json
 import os
@@ -6,12 +6,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from megatron_act.checkpoint.differences import Verified, compare
 from megatron_act.checkpoint.reader import find_iteration
 from megatron_act.errors import UserError
 
@@ -19,16 +17,6 @@ TOLERANCE = 1e-4  # largest difference of two fp32 logits: rounding of two order
 PROMPT = "The most important thing about"
 HF_PROGRAM = Path(__file__).with_name("hf_logits.py")
 REQUEST = "request.json"
-
-
-@dataclass(frozen=True)
-class Verified:
-    """Differences between the two models' logits over ``tokens`` positions, and what transformers generated."""
-
-    max_difference: float
-    mean_difference: float
-    tokens: int
-    generated: str
 
 
 def verify(load: str | Path, hf: str | Path, text: str | None = None, **options: Any) -> Verified:
@@ -45,6 +33,7 @@ def verify_all(
     length: int = 128,
     new_tokens: int = 32,
     sample: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[Verified]:
     """Compares checkpoints and their exports on the CPU in fp32; each stack starts once for all pairs.
 
@@ -54,19 +43,22 @@ def verify_all(
         prompt: start of the generated text (without a tokenizer: the first 8 tokens).
         windows: how many sequences to compare.
         length: tokens in each, cut to the model's ``max_position_embeddings``.
-        new_tokens: length of the generated text.
-        sample: draw from the distribution with a fixed seed instead of taking the likeliest token.
+        new_tokens: length of the generated text; Megatron's greedy tokens are compared with it.
+        sample: draw from the distribution with a fixed seed instead of taking the likeliest token; not compared.
+        trust_remote_code: run a folder's own modelling file even if it is not this project's.
 
     Returns:
-        Per pair the largest and mean absolute difference over the export's vocabulary, and the generated text.
+        Per pair the largest and mean absolute difference of logits over the export's vocabulary, the hidden states'
+        by layer, the number of equal greedy tokens, and the generated text.
 
     Raises:
-        UserError: not a checkpoint, not a model folder, or a folder that transformers does not open in full.
+        UserError: not a checkpoint, not a model folder, foreign code in it, or a folder that transformers does not open
+            in full.
         RuntimeError: Megatron failed; carries its last lines.
     """
     checkpoints = [find_iteration(load).resolve() for load, _ in pairs]
     options = {"text": text, "prompt": prompt, "windows": windows, "length": length}
-    options |= {"new_tokens": new_tokens, "sample": sample}
+    options |= {"new_tokens": new_tokens, "sample": sample, "trust": trust_remote_code}
     requests = [options | {"folder": str(_model_folder(hf))} for _, hf in pairs]
     with tempfile.TemporaryDirectory(prefix="megatron-act-verify-") as work:
         places = [Path(work) / str(i) for i in range(len(pairs))]
@@ -86,10 +78,28 @@ def run_transformers(places: Sequence[Path], requests: Sequence[dict[str, Any]])
     """Has one isolated Python answer requests (`hf_logits`), each in a new folder; UserError if it refuses one."""
     for place, request in zip(places, requests, strict=True):
         place.mkdir()
-        (place / REQUEST).write_text(json.dumps(request), encoding="utf-8")
+        trust = request.get("trust") or _ships_our_code(Path(request["folder"]))
+        (place / REQUEST).write_text(json.dumps(request | {"trust": trust}), encoding="utf-8")
     done = _run([sys.executable, "-I", str(HF_PROGRAM), *(str(place / REQUEST) for place in places)], places[0])
     if done.returncode:
         raise UserError(f"--hf: transformers does not open the export as it is: {_last_lines(done, 1)}")
+
+
+def _ships_our_code(folder: Path) -> bool:
+    """Whether the folder's Python files are this project's; False without any, UserError with others."""
+    files = list(folder.glob("*.py"))
+    ours = Path(__file__).parent
+    foreign = [file for file in files if not _same(file, ours / file.name)]
+    if foreign:
+        raise UserError(
+            f"--hf {folder}: expected this project's modelling file, got another {foreign[0].name}: read it, then add "
+            "--trust-remote-code"
+        )
+    return bool(files)
+
+
+def _same(file: Path, other: Path) -> bool:
+    return other.is_file() and file.read_bytes() == other.read_bytes()
 
 
 def run_megatron(places: Sequence[Path], checkpoints: Sequence[Path]) -> None:
@@ -103,23 +113,10 @@ def run_megatron(places: Sequence[Path], checkpoints: Sequence[Path]) -> None:
 
 def _run(command: list[str], folder: Path) -> subprocess.CompletedProcess:
     ours = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TORCHDYNAMO_DISABLE": "1"}
-    return subprocess.run(command, cwd=folder, env=os.environ | ours, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory(prefix="megatron-act-modules-") as modules:  # of a folder with a modelling file
+        env = os.environ | ours | {"HF_MODULES_CACHE": modules}
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
 def _last_lines(done: subprocess.CompletedProcess, count: int) -> str:
     return " | ".join(done.stderr.strip().splitlines()[-count:]) or f"exit code {done.returncode}"
-
-
-def compare(work: Path) -> Verified:
-    """Compares the logits that both programs left in a folder."""
-    theirs = np.load(work / "hf_logits.npy", mmap_mode="r")
-    ours = np.load(work / "megatron_logits.npy", mmap_mode="r")[..., : theirs.shape[-1]]
-    if ours.shape != theirs.shape:
-        raise UserError(
-            f"--hf: expected logits of shape {ours.shape} as Megatron has, got {theirs.shape}: another model"
-        )
-    difference = np.abs(ours - theirs)
-    generated = (work / "generated.txt").read_text(encoding="utf-8")
-    positions = theirs.shape[0] * theirs.shape[1]
-    # a NaN must not pass a comparison: max() and mean() keep it, and NaN <= tolerance is False
-    return Verified(float(difference.max()), float(difference.mean()), positions, generated)

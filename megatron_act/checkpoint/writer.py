@@ -6,10 +6,11 @@ memory holds one tensor, never a shard.
 """
 
 import contextlib
+import hashlib
 import json
+import logging
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_act.checkpoint.resume import Finished, whole_folder
 from megatron_act.errors import UserError
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,18 @@ class Entry:
     @property
     def size_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shard_bytes(size: str) -> int:
+    """Bytes of a ``--max-shard-size`` as transformers writes it: ``5GB``, ``200MB``; UserError for anything else."""
+    unit = UNITS.get(size[-2:].upper(), 0)
+    try:
+        found = int(float(size[:-2]) * unit)
+    except (ValueError, OverflowError):
+        found = 0
+    if found <= 0:
+        raise UserError(f"--max-shard-size: expected a size such as 5GB or 200MB, got {size!r}")
+    return found
 
 
 def shards(entries: Sequence[Entry], max_bytes: int) -> dict[str, list[Entry]]:
@@ -58,7 +75,7 @@ def shards(entries: Sequence[Entry], max_bytes: int) -> dict[str, list[Entry]]:
 
 
 def write_model(folder: Path, entries: Sequence[Entry], max_bytes: int, wrote: Callable[[int], None]) -> None:
-    """Writes all tensors, and the index where there is more than one file.
+    """Writes all tensors, and the index where there is more than one file; keeps files that `resume` knows to be whole.
 
     Args:
         folder: an existing folder.
@@ -66,27 +83,64 @@ def write_model(folder: Path, entries: Sequence[Entry], max_bytes: int, wrote: C
         max_bytes: largest size of one file's tensors.
         wrote: called with each tensor's number of bytes.
     """
-    files = shards(entries, max_bytes)
+    files, finished = shards(entries, max_bytes), Finished(folder)
+    for path in folder.glob("*.safetensors*"):  # of an interrupted conversion: half a file, or files of another size
+        if path.name not in files:
+            path.unlink()
+    kept = []
     for name, group in files.items():
-        write_file(folder / name, group, wrote)
+        if _starts_with(folder / name, _header(_ordered(group))) and finished.keeps(name):
+            kept.append(name)
+            wrote(sum(entry.size_bytes for entry in group))
+        else:
+            finished.add(name, write_file(folder / name, group, wrote))
+    if kept:
+        log.warning("%d of %d weight files kept from an interrupted conversion, checksums equal", len(kept), len(files))
     if len(files) > 1:
         total = sum(entry.size_bytes for entry in entries)
         weights = {entry.name: name for name, group in files.items() for entry in group}
-        index = {"metadata": {"total_size": total}, "weight_map": weights}
+        parameters = sum(math.prod(entry.shape) for entry in entries if entry.shape)  # constants have no dimension
+        index = {"metadata": {"total_parameters": parameters, "total_size": total}, "weight_map": weights}
         write_json(folder / INDEX, index)
 
 
-def write_file(path: Path, entries: Sequence[Entry], wrote: Callable[[int], None]) -> None:
-    """Writes one safetensors file; wide types first, so that every tensor is aligned to its element size."""
-    ordered = sorted(entries, key=lambda entry: -entry.dtype.itemsize)
-    with path.open("wb") as file:
-        file.write(_header(ordered))
+def _starts_with(path: Path, header: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def write_file(path: Path, entries: Sequence[Entry], wrote: Callable[[int], None]) -> str:
+    """Writes one safetensors file, which takes its name when it is on the disk; returns its sha256."""
+    ordered, digest = _ordered(entries), hashlib.sha256()
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+
+        def put(block: bytes | memoryview) -> None:
+            digest.update(block)
+            file.write(block)
+
+        put(_header(ordered))
         for entry in ordered:
-            tensor = entry.read().to(entry.dtype).contiguous()
-            if tuple(tensor.shape) != entry.shape:
-                raise RuntimeError(f"{entry.name}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
-            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            put(_values(entry))
             wrote(entry.size_bytes)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return digest.hexdigest()
+
+
+def _ordered(entries: Sequence[Entry]) -> list[Entry]:
+    """Wide types first, so that every tensor is aligned to its element size."""
+    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+
+
+def _values(entry: Entry) -> memoryview:
+    tensor = entry.read().to(entry.dtype).contiguous()
+    if tuple(tensor.shape) != entry.shape:
+        raise RuntimeError(f"{entry.name}: expected shape {entry.shape}, got {tuple(tensor.shape)}")
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
@@ -125,23 +179,17 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 
 @contextlib.contextmanager
-def complete_folder(output: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary folder beside ``output`` that takes its name when the block ends without an exception.
+def complete_folder(output: Path, overwrite: bool, identity: str = "") -> Iterator[Path]:
+    """A folder beside ``output`` that takes its name when the block ends without an exception (`resume.whole_folder`).
+
+    Args:
+        output: the folder to make.
+        overwrite: replace an existing model folder.
+        identity: of the input and options: with it, the next conversion uses an interrupted one's finished files.
 
     Raises:
-        UserError: `check_output` refuses, or the place cannot be written.
+        UserError: `check_output` refuses, the place cannot be written, or another process writes it.
     """
     check_output(output, overwrite)
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
-    except OSError as error:
-        raise UserError(f"--output {output}: expected a place to write to, got {error.strerror}") from None
-    try:
-        yield partial
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with whole_folder(output, identity) as folder:
+        yield folder

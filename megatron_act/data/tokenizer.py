@@ -245,7 +245,7 @@ def _proven_fast(vocabulary: Vocabulary, reference: Encoder) -> Encoder:
     try:
         fast = vocabulary.fast()
     except ImportError as error:
-        raise _Unfit("fastokens is not installed") from error
+        raise _Unfit(f"{error.name} is not installed") from error
     except Exception as error:  # whatever keeps it from this tokenizer, the reference remains
         raise _Unfit(f"fastokens cannot run it: {error}") from error
     texts = adversarial_texts([*LITERALS, *vocabulary.literals])

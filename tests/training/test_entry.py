@@ -105,7 +105,10 @@ def test_our_flags_are_frozen() -> None:
         "--config",
         "--cpu",
         "--dataloader",
+        "--hang-timeout-seconds",
+        "--keep-last-checkpoints",
         "--metrics-jsonl",
         "--peak-tflops",
         "--recompute-activation-function",
+        "--save-interval-minutes",
     ]

@@ -1,0 +1,149 @@
+"""What an interrupted conversion may keep: a record of finished files, and a folder that appears whole or never."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import megatron_act
+from megatron_act.errors import UserError
+
+RECORD, LOCK = ".finished.json", ".lock"
+READ_BYTES = 1 << 24
+
+
+class Finished:
+    """The finished files of an unfinished folder, by name: ``{"bytes", "sha256"}``.
+
+    A file is recorded after its bytes reached the disk; until then it carries another name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files: dict[str, dict] = _read_record(folder).get("files", {})
+
+    def keeps(self, name: str) -> bool:
+        """Whether the file is recorded and still has the recorded size and sha256."""
+        recorded, path = self.files.get(name), self.folder / name
+        if recorded is None or not path.is_file() or path.stat().st_size != recorded["bytes"]:
+            return False
+        return _sha256(path) == recorded["sha256"]
+
+    def add(self, name: str, sha256: str) -> None:
+        """Records a file that is on the disk under its name."""
+        self.files[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": sha256}
+        write_record(self.folder, _read_record(self.folder) | {"files": self.files})
+
+
+def _read_record(folder: Path) -> dict:
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def write_record(folder: Path, content: dict) -> None:
+    """Replaces the record in one step."""
+    new = folder / f"{RECORD}.new"
+    new.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    fsync(new)
+    new.replace(folder / RECORD)
+    fsync(folder)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def unfinished(output: Path) -> Path:
+    """Where an output is kept until it is whole: beside it, hidden."""
+    return output.parent / f".{output.name}.partial"
+
+
+def _replaced(output: Path) -> Path:
+    return output.parent / f".{output.name}.replaced"
+
+
+@contextlib.contextmanager
+def whole_folder(output: Path, identity: str = "") -> Iterator[Path]:
+    """A folder beside ``output`` that takes its name, replacing what is there, when the block ends without exception.
+
+    After an exception it stays if the conversion has an identity and a file of it is finished; the next one of the same
+    identity then starts from there.
+
+    Args:
+        output: the folder to make; what it holds is replaced.
+        identity: of the input and of every option that changes values; empty: never keep anything.
+
+    Raises:
+        UserError: the place cannot be written, or another process is writing it.
+    """
+    partial, old = unfinished(output), _replaced(output)
+    if old.exists() and not output.exists():  # a machine that stopped between the two renames of _publish
+        old.rename(output)
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = (partial / LOCK).open("w")
+    except OSError as error:
+        raise UserError(f"{output}: expected a place to write to, got {error.strerror}") from None
+    with lock:
+        _take(lock, output)
+        _start(partial, identity)
+        try:
+            yield partial
+            _publish(partial, output)
+        except BaseException:
+            if not (identity and _read_record(partial).get("files")):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def _take(lock: IO[str], output: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"{output}: expected to be its only writer, got a conversion that runs: wait for it"
+        ) from None
+
+
+def _start(partial: Path, identity: str) -> None:
+    """Empties the folder unless what is in it was made from the same input by the same version."""
+    wanted = f"{megatron_act.__version__} {identity}"
+    if not identity or _read_record(partial).get("identity") != wanted:
+        for path in partial.iterdir():
+            if path.name != LOCK:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        write_record(partial, {"identity": wanted, "files": {}})
+
+
+def _publish(partial: Path, output: Path) -> None:
+    for name in (RECORD, LOCK):
+        (partial / name).unlink()
+    for path in (*partial.rglob("*"), partial):
+        fsync(path)
+    old = _replaced(output)
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    fsync(output.parent)
+    shutil.rmtree(old, ignore_errors=True)

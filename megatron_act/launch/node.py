@@ -1,0 +1,136 @@
+"""The script of one node: bash that starts torchrun and forwards the notice of a preemption.
+
+It is the same on every platform but for the lines that say where a node is. Each sets
+
+    NODE_RANK    0, 1, ...; node 0 hosts the rendezvous
+    NODE_ADDR    how other nodes reach this one
+    RDZV_HOST    how all nodes reach node 0
+    RDZV_PORT    a port that is free there, and the next one too
+    RDZV_ID      the same on all nodes, another one after a restart of the job
+    PREEMPTED    exit code after a preemption: 0, or what makes the platform start the job again
+
+Signals: the notice (SIGUSR1 from Slurm, SIGTERM from Kubernetes) goes to the ranks, as SIGTERM, and not to torchrun,
+which would kill them after 30 s and fail. With Megatron's --exit-signal-handler all ranks save after the current step
+and exit with 0. A file beside the checkpoints tells the nodes that got no notice why the run ended.
+"""
+
+import shlex
+
+from megatron_act.launch import environment
+from megatron_act.launch.job import PREFLIGHT, TRAIN, Job
+
+RENDEZVOUS_SECONDS = 900  # nodes boot, pull images and pass the preflight at different times
+
+_SIGNALS = r"""
+# The notice of a preemption: the ranks save and end; torchrun itself would kill them after 30 s and fail.
+forward() {
+  echo "node $NODE_RANK: notice received, the ranks save and end" >&2
+  touch "$mark" || true
+  if [[ -n "$child" ]]; then pkill -TERM -P "$child" || true; fi
+}
+child=""
+mark="$RUN_DIR/preempted-$RDZV_ID"
+trap forward USR1 TERM
+if [[ "$NODE_RANK" == 0 ]]; then rm -f "$mark"; fi
+"""
+_WAIT = r"""
+  child=$!
+  local code=0
+  while true; do # a trapped signal ends the waiting, not what is waited for
+    code=0
+    wait "$child" || code=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  child=""
+  return "$code"
+}
+"""
+
+
+def torchrun(job: Job) -> list[str]:
+    """The torchrun line, one option a line: the same text on every node and platform."""
+    rendezvous = f"is_host=$((NODE_RANK == 0)),join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
+    return [
+        '"$PYTHON" -m torch.distributed.run',
+        f"--nnodes {job.nodes}",
+        f"--nproc-per-node {job.gpus_per_node}",
+        '--max-restarts "$restarts"',
+        "--rdzv-backend c10d",
+        '--rdzv-id "$RDZV_ID-$module"',
+        '--rdzv-endpoint "$RDZV_HOST:$port"',
+        f'--rdzv-conf "{rendezvous}"',
+        '--local-addr "$NODE_ADDR"',
+        '--log-dir "$RUN_DIR/logs/node-$NODE_RANK"',
+        "--redirects 3",
+        "--tee 3",
+        '-m "$module"',
+        '--config "$config"',
+        *_grouped(job.words()),
+        '"$@"',
+    ]
+
+
+def _grouped(words: list[str]) -> list[str]:
+    """Quoted words, a flag and its values on one line."""
+    lines: list[str] = []
+    for word in words:
+        quoted = shlex.quote(word)
+        if word.startswith("--") or not lines:
+            lines.append(quoted)
+        else:
+            lines[-1] += f" {quoted}"
+    return lines
+
+
+def script(job: Job, place: list[str], workdir: str = "") -> str:
+    """The whole script.
+
+    Args:
+        job: what runs.
+        place: lines that set the variables above.
+        workdir: the checkout as a word of shell; default: LAUNCH's.
+    """
+    checkout = workdir or shlex.quote(job.settings.workdir)
+    parts = [
+        "#!/usr/bin/env bash",
+        f"# One node of {job.name}: {job.nodes} x {job.gpus_per_node} ranks. Written by python -m megatron_act.launch.",
+        "set -euo pipefail",
+        "",
+        "# where this node is",
+        *place,
+        f"RUN_DIR={shlex.quote(job.folder)}",
+        f"PYTHON={shlex.quote(job.settings.python or 'python3')}",
+        f'export PYTHONPATH={checkout}"${{PYTHONPATH:+:$PYTHONPATH}}"',
+        'mkdir -p "$RUN_DIR/logs/node-$NODE_RANK"',
+        "",
+        *environment.exports(job.settings.env),
+        _SIGNALS,
+        "# the config as it was when the job was submitted",
+        'config="$(mktemp)"',
+        "trap 'rm -f \"$config\"' EXIT",
+        "cat >\"$config\" <<'MODEL_ARGS_YAML'",
+        job.config_text() + "MODEL_ARGS_YAML",
+        "",
+        "# One module under torchrun. Some Slurm set-ups send SIGUSR1 to all processes: it must not end the ranks.",
+        "ranks() {",
+        '  local module="$1" port="$2" restarts="$3"',
+        "  shift 3",
+        "  (",
+        "    trap '' USR1",
+        "    exec " + " \\\n      ".join(torchrun(job)),
+        "  ) &" + _WAIT.rstrip(),
+        "",
+        *_steps(job),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def _steps(job: Job) -> list[str]:
+    lines = []
+    if job.preflight:
+        bandwidth = f" --min-bus-gbps {job.settings.min_bus_gbps}" if job.settings.min_bus_gbps else ""
+        lines.append(f'ranks {PREFLIGHT} "$((RDZV_PORT + 1))" 0{bandwidth} || {{')
+        lines += ['  echo "preflight: node $NODE_RANK stops; rank 0 names each failed check" >&2', "  exit 2", "}"]
+    if job.train:
+        lines.append(f'ranks {TRAIN} "$RDZV_PORT" {job.settings.max_restarts}')
+    return [*lines, 'if [[ -e "$mark" ]]; then exit "$PREEMPTED"; fi']

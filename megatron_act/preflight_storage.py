@@ -1,0 +1,99 @@
+"""The checkpoint folder: writable from every node, shared by all of them, large enough."""
+
+import contextlib
+import os
+import shutil
+import time
+import uuid
+from argparse import Namespace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_act.errors import UserError
+
+CHECKPOINT_BYTES = 2 + 4 + 4 + 4  # per parameter: bf16 weight, its fp32 copy, Adam's two moments
+SEEN_SECONDS = 10.0  # network file systems show another node's new file late
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    folder = folder.expanduser().absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def writable(folder: Path) -> str:
+    """Writes a file of its own into the folder (or where it would be made) and removes it.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    where = existing(folder)
+    probe = where / f".preflight-{uuid.uuid4().hex}"
+    try:
+        with probe.open("wb") as file:
+            file.write(b"0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        return f"{where} can be written"
+    except OSError as error:
+        raise UserError(f"expected to write in {where}, got {error.strerror}: change its rights or --save") from None
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def shared(folder: Path, group: "dist.ProcessGroup | None") -> str:
+    """Whether every rank sees a file that rank 0 makes; a collective.
+
+    Raises:
+        UserError: this rank's node has a folder of its own.
+    """
+    token = [uuid.uuid4().hex]
+    dist.broadcast_object_list(token, src=0, group=group)
+    probe = existing(folder) / f".preflight-shared-{token[0]}"
+    with contextlib.suppress(OSError):  # `writable` says so
+        if dist.get_rank() == 0:
+            probe.touch()
+    dist.barrier(group)
+    seen = _appears(probe)
+    dist.barrier(group)
+    with contextlib.suppress(OSError):
+        if dist.get_rank() == 0:
+            probe.unlink(missing_ok=True)
+    if not seen:
+        raise UserError(f"expected {folder} on a file system that all nodes share, got one of this node: change --save")
+    return f"all {dist.get_world_size()} ranks see rank 0's file"
+
+
+def _appears(probe: Path) -> bool:
+    end = time.monotonic() + SEEN_SECONDS
+    while not (there := probe.exists()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return there
+
+
+def room(args: Namespace, parameters: int, free: int | None = None) -> str:
+    """Room for two checkpoints at least: one is written while the last one must stay.
+
+    Args:
+        args: Megatron's validated arguments.
+        parameters: of the whole model.
+        free: bytes; default: what the file system of ``--save`` has.
+
+    Raises:
+        UserError: too little.
+    """
+    where, size = existing(Path(args.save)), CHECKPOINT_BYTES * parameters
+    free = shutil.disk_usage(where).free if free is None else free
+    if free < 2 * size:
+        raise UserError(
+            f"expected {2 * size / 1e9:.1f} GB free in {where} for two checkpoints, got {free / 1e9:.1f} GB: "
+            "free some or choose another --save"
+        )
+    planned = f", {-(-args.train_iters // args.save_interval):,} of them in this run" if _counts(args) else ""
+    return f"{size / 1e9:.3g} GB a checkpoint{planned}; room for {free // size:,}"
+
+
+def _counts(args: Namespace) -> bool:
+    return bool(args.train_iters and args.save_interval)
