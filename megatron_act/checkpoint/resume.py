@@ -120,9 +120,7 @@ def _take(lock: IO[str], output: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"{output}: expected to be its only writer, got a conversion that runs: wait for it"
-        ) from None
+        raise UserError(f"{output}: expected to be its only writer, got a conversion that runs: wait for it") from None
 
 
 def _start(partial: Path, identity: str) -> None:

@@ -24,22 +24,25 @@ RENDEZVOUS_SECONDS = 900  # nodes boot, pull images and pass the preflight at di
 _SIGNALS = r"""
 # The notice of a preemption: the ranks save and end; torchrun itself would kill them after 30 s and fail.
 forward() {
+  noticed=1
   echo "node $NODE_RANK: notice received, the ranks save and end" >&2
   touch "$mark" || true
   if [[ -n "$child" ]]; then pkill -TERM -P "$child" || true; fi
 }
 child=""
+noticed=0
 mark="$RUN_DIR/preempted-$RDZV_ID"
 trap forward USR1 TERM
 if [[ "$NODE_RANK" == 0 ]]; then rm -f "$mark"; fi
 """
 _WAIT = r"""
   child=$!
-  local code=0
+  local code
   while true; do # a trapped signal ends the waiting, not what is waited for
     code=0
+    noticed=0
     wait "$child" || code=$?
-    kill -0 "$child" 2>/dev/null || break
+    if [[ "$noticed" == 0 ]]; then break; fi
   done
   child=""
   return "$code"

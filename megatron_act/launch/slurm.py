@@ -23,13 +23,14 @@ RDZV_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 _RUN = r"""
 # Notice comes before the time limit (--signal) or with a preemption (SIGTERM); srun hands SIGUSR1 to the node scripts.
 notice=0
-trap 'notice=1; kill -USR1 "$step" || true' USR1 TERM
+trap 'notice=1; interrupted=1; kill -USR1 "$step" || true' USR1 TERM
 """
 _WAIT = r"""step=$!
 while true; do # a trapped signal ends the waiting, not what is waited for
   code=0
+  interrupted=0
   wait "$step" || code=$?
-  kill -0 "$step" 2>/dev/null || break
+  if [[ "$interrupted" == 0 ]]; then break; fi
 done
 if [[ "$notice" == 1 && "$code" == 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID" # it goes on from the checkpoint that the ranks have just written
