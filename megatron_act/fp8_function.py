@@ -41,7 +41,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Saved:
-    """What the backward pass needs beside tensors; ``like`` is x's shape, dtype and device in the memory of one number."""
+    """What the backward pass needs beside tensors; ``like`` stands in for x: its shape, dtype and device."""
 
     plan: Plan
     like: Tensor

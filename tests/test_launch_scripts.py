@@ -173,8 +173,12 @@ def test_a_notice_makes_the_ranks_save(platform: str, sent: signal.Signals, code
     assert requeued == (["requeue 40007"] if platform == "slurm" else [])
 
 
-def test_a_signal_to_all_processes_does_not_end_the_ranks(fake: Fakes) -> None:
-    """As Slurm sends it with proctrack/linuxproc; breaks without the ignored SIGUSR1 around torchrun."""
+@pytest.mark.parametrize("attempt", range(5))
+def test_a_signal_to_all_processes_does_not_end_the_ranks(attempt: int, fake: Fakes) -> None:
+    """As Slurm sends it with proctrack/linuxproc; breaks without the ignored SIGUSR1 around torchrun.
+
+    Every script gets it twice, often while its child ends: waiting that asks whether the child lives lost its code.
+    """
     assert noticed(fake, "slurm", signal.SIGUSR1, whole_group=True) == 0
     assert (fake.folder / "saved").exists()
 
