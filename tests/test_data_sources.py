@@ -224,6 +224,7 @@ HUB_FAULTS = {
     "no such data set": (["--hub-dataset", "a/b", "--hub-config", "default"], "a/b/data, got RepositoryNotFoundError"),
     "no data set": (["--input", "hf://models/x"], "expected hf://datasets/OWNER/NAME[@REVISION]/FOLDER"),
     "no documents in it": (["--input", f"hf://datasets/{DATASET}/docs"], "got none; check the folder"),
+    "a revision of nothing": (["--input", "x", "--revision", "main"], "expected --hub-config with --revision"),
     "no input at all": ([], "expected --input PATH or --hub-config NAME"),
 }
 

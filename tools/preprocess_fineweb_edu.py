@@ -153,6 +153,10 @@ def _plan(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     inputs = [*args.input, *([config_url(args.hub_dataset, args.hub_config, args.revision)] if args.hub_config else [])]
     if not inputs:
         raise UserError("expected --input PATH or --hub-config NAME, got neither; name what to read")
+    if args.revision and not args.hub_config:
+        raise UserError(
+            "expected --hub-config with --revision, got none; in --input write hf://datasets/NAME@REVISION/..."
+        )
     bounds = (args.min_score, args.min_int_score, args.min_language_score, args.min_chars)
     return preprocess.make_plan(
         inputs,

@@ -1,4 +1,4 @@
-"""FineWeb-Edu parquet to Megatron's token files, and the sample that ships with the project.
+"""FineWeb-Edu to Megatron's token files, and the sample that ships with the project.
 
 Importing this package loads nothing but `pathlib`; the parts are imported by name:
 `megatron_act.data.preprocess.preprocess` and `megatron_act.data.bpe.train_bpe`.

@@ -137,11 +137,12 @@ def _children_end_with_this() -> Iterator[None]:
 
 
 def _after_fork() -> None:
-    if _forking and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _forking and _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 _forking = False
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # now: a forked child may have to wait for a lock
 os.register_at_fork(after_in_child=_after_fork)
 
 

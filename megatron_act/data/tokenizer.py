@@ -206,9 +206,6 @@ def open_vocabulary(file: Path, pattern: str | None = None, eod_id: int | None =
     return HuggingFaceFile(file) if text else open_sentencepiece(file)
 
 
-_find, _open = find_file, open_vocabulary
-
-
 def _configured_eos(folder: Path) -> str | None:
     config = folder / "tokenizer_config.json"
     if not config.is_file():

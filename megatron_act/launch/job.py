@@ -13,7 +13,6 @@ from megatron_act.launch.settings import Settings
 from megatron_act.model_args import Flags
 
 TRAIN, PREFLIGHT = "megatron_act.pretrain_gpt", "megatron_act.preflight"
-_OWN = ("--config", "--exit-signal-handler")  # the launcher's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ class Job:
             if size < 1:
                 raise UserError(f"{flag}: expected an integer of at least 1, got {size}")
         for word in (*self.flags, *self.extra):
-            if word.split("=")[0] in _OWN:
+            if word.split("=")[0] == "--config":
                 raise UserError(f"{word}: expected the launcher to set it, got it in the config or after --: remove it")
 
     @property
