@@ -181,6 +181,8 @@ def check_arguments(args: Namespace) -> None:
     _check_async(args)
     if why := saves.conflict(args) or throughput.conflict(args) or te.conflict(args) or dali.conflict(args):
         raise UserError(why)
+    if args.eval_interval is None and args.train_iters:  # Megatron divides by it
+        raise UserError("--eval-interval: expected a number of steps, got none: add it, with --eval-iters 0 if need be")
     if args.activation is None:
         _check_without_activation(args)
         return

@@ -1,5 +1,6 @@
 """datatrove's executors: the local one is what runs, Slurm's scripts do the whole job, Ray is asked for by name."""
 
+import json
 import os
 import stat
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from data_support import call_tool, run_tool, same_files, sample_texts, tokenizer_folder, write_parquet
 
-from megatron_act.data import engine
+from megatron_act.data import preprocess as preprocess_module
 from megatron_act.data.engine import Executor
 from megatron_act.data.preprocess import make_plan, preprocess, run
 from megatron_act.errors import UserError
@@ -138,16 +139,21 @@ def test_ray_is_named_where_it_is_missing(tmp_path: Path, monkeypatch: pytest.Mo
     assert not (tmp_path / "out.work").exists()
 
 
-def test_here_it_is_datatrove_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its executor gives out the tasks and marks them complete; its statistics count rows and tokens."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_here_it_is_datatrove_that_runs(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its executor gives out the tasks, marks them complete and counts their rows and tokens, each task's apart."""
     seen = []
+    logs = tmp_path / "out.work" / "datatrove"
 
-    class Watched(engine.LocalPipelineExecutor):
-        def run(self):  # type: ignore[no-untyped-def]
-            stats = super().run()
-            marks = {path.name for path in (tmp_path / "out.work/datatrove/completions").iterdir()}
-            seen.append((marks, {name: item.total for name, item in stats.stats[0].stats.items()}))
+    def watched(work, clock, real=preprocess_module.finish_run):  # type: ignore[no-untyped-def]
+        marks = sorted(path.name for path in (logs / "completions").iterdir())
+        counts = [json.loads(path.read_text())[0]["stats"] for path in sorted((logs / "stats").iterdir())]
+        seen.append((marks, counts, [sum(part["tokens"] for part in work.result(i)["parts"]) for i in range(3)]))
+        return real(work, clock)
 
-    monkeypatch.setattr(engine, "LocalPipelineExecutor", Watched)
-    manifest = run(make_plan([source(tmp_path)], tokenizer_folder("bpe"), tmp_path / "out", tasks=3))
-    assert seen == [({"00000", "00001", "00002"}, {"rows": 300, "tokens": manifest["tokens"]})]
+    monkeypatch.setattr(preprocess_module, "finish_run", watched)
+    run(make_plan([source(tmp_path)], tokenizer_folder("bpe"), tmp_path / "out", tasks=3), Executor(workers=workers))
+    [(marks, counts, tokens)] = seen
+    assert marks == ["00000", "00001", "00002"]
+    assert [count["rows"]["total"] for count in counts] == [100, 100, 100]
+    assert [count["tokens"]["total"] for count in counts] == tokens

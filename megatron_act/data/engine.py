@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,26 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def _local(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:
-    workers = min(executor.workers, len(plan.tasks))
-    if workers > 1:
-        _start_forkserver()
-    logs = _logs(work, plan)
-    return LocalPipelineExecutor([EncodeStep(str(work.folder))], len(plan.tasks), workers, logging_dir=logs)
+    workers, step = min(executor.workers, len(plan.tasks)), EncodeStep(str(work.folder))
+    if workers == 1:
+        return InThisProcess([step], len(plan.tasks), 1, logging_dir=_logs(work, plan))
+    _start_forkserver()
+    return LocalPipelineExecutor([step], len(plan.tasks), workers, logging_dir=_logs(work, plan))
+
+
+class InThisProcess(LocalPipelineExecutor):
+    """The local executor without its pool and the manager process of that: one task after the other.
+
+    Forking the manager from this process would have every page that the tokenizer writes to copied: encoding takes 15 %
+    longer, and starting 0.1 s.
+    """
+
+    def run(self) -> None:
+        """Do what is not complete."""
+        pipeline = self.pipeline
+        for rank in self.get_incomplete_ranks():
+            self.pipeline = deepcopy(pipeline)  # each task has statistics of its own
+            self._run_for_rank(rank)
 
 
 def _ray(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:

@@ -75,6 +75,10 @@ EARLY = {
         ["--transformer-impl inference_optimized", "transformer_engine or local"],
     ),
     "peak of no use": ([*XIELU, "--peak-tflops", "900"], ["--peak-tflops", "--metrics-jsonl FILE"]),
+    "no evaluation interval": (
+        [word for word in XIELU if word not in ("--eval-interval", "1000")],
+        ["--eval-interval", "--eval-iters 0"],
+    ),
     "no micro batch": (NO_MICRO_BATCH, ["micro_batch_size"]),
     "no device": ([word for word in XIELU if word != "--cpu"], ["CUDA device", "--cpu"]),
     "sft": ([*XIELU, "--sft"], ["--sft", "pretrain_gpt.py"]),
