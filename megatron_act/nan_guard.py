@@ -97,7 +97,8 @@ class NanGuard:
     def documents(self, sample: int) -> str:
         """A sample and its documents, where this rank has the data."""
         data = self.datasets[0] if self.datasets else None
-        data = getattr(getattr(data, "batches", data), "dataset", data)  # a DALI loader's
+        batches = getattr(data, "batches", None)  # a DALI loader's
+        data = data if batches is None else batches.dataset
         found = documents_of(data, sample) if hasattr(data, "__getitem__") else None
         if found is None:
             return f"sample {sample}"

@@ -64,7 +64,7 @@ def parts() -> SimpleNamespace:
     """What this project uses of Transformer Engine, by its own names; only after ``problem()`` is None."""
     where = {
         "transformer_engine.pytorch": ("Linear", "LayerNormLinear"),
-        "transformer_engine.pytorch.constants": ("FP8FwdTensorIdx", "FP8BwdTensorIdx"),
+        "transformer_engine.pytorch.constants": ("DType", "FP8FwdTensorIdx", "FP8BwdTensorIdx"),
         "transformer_engine.pytorch.cpu_offload": ("is_cpu_offload_enabled",),
         "transformer_engine.pytorch.distributed": (
             "is_fp8_activation_recompute_enabled",
@@ -72,6 +72,7 @@ def parts() -> SimpleNamespace:
         ),
         "transformer_engine.pytorch.quantization": ("FP8GlobalStateManager",),
         "transformer_engine.debug.pytorch.debug_state": ("TEDebugState",),
+        "transformer_engine.pytorch.utils": ("is_non_tn_fp8_gemm_supported",),
     }
     found = {name: getattr(importlib.import_module(module), name) for module, names in where.items() for name in names}
     return SimpleNamespace(**found)

@@ -179,13 +179,19 @@ def check_arguments(args: Namespace) -> None:
             )
     _check_tokenizer(args)
     _check_async(args)
-    if why := saves.conflict(args) or throughput.conflict(args) or te.conflict(args) or dali.conflict(args):
+    if why := saves.conflict(args) or throughput.conflict(args) or dali.conflict(args):
         raise UserError(why)
     if args.eval_interval is None and args.train_iters:  # Megatron divides by it
         raise UserError("--eval-interval: expected a number of steps, got none: add it, with --eval-iters 0 if need be")
     if args.activation is None:
         _check_without_activation(args)
-        return
+    else:
+        _check_activation(args)
+    if why := te.conflict(args):  # last: flags that exclude each other are the user's to mend anywhere
+        raise UserError(why)
+
+
+def _check_activation(args: Namespace) -> None:
     try:
         kernels.get(args.activation)
         raw_initial_values(args.activation, arguments.parse_init(args.activation_init))

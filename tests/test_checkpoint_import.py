@@ -160,7 +160,8 @@ def test_arcee_rounds_the_scalars_of_xielu(base: Path, forked: ForkedRuns, caplo
         patch.setattr("megatron_act.checkpoint.import_hf.common_state", common_states(forked, base))
         save = import_model(folder, base / "fine", progress=False).save
     ours = export(save, base / "ours", progress=False)
-    assert ours.architecture == "MegatronActForCausalLM" and not caplog.records
+    said = [record for record in caplog.records if not record.name.startswith("transformers")]
+    assert ours.architecture == "MegatronActForCausalLM" and not said
     theirs = export(save, base / "theirs", family="arcee", progress=False)
     assert theirs.architecture == "ArceeForCausalLM" and "in bf16 even with dtype=float32" in caplog.text
     for name, value in fine.items():

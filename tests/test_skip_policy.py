@@ -13,7 +13,7 @@ CONFTEST = (Path(__file__).parent / "conftest.py").read_text()
     [
         ("no GPU", 0),
         ("no lm-eval is installed", 0),
-        ("data that may not ship: edu_sample not found", 0),
+        ("data that may not ship: sample not found", 0),
         ("megatron is missing", 1),
         ("slow", 1),
     ],

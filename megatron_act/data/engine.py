@@ -122,7 +122,7 @@ def run_tasks(work: Work, plan: Plan, executor: Executor, progress: bool) -> Non
     rows = [source.rows for source in plan.sources]
     total = None if None in rows else sum(row or 0 for row in rows)
     build = _local if executor.kind == "local" else _ray
-    with watched(work, total, progress, executor.kind == "local"), _children_end_with_this():
+    with watched(work, len(plan.tasks), total, progress), _children_end_with_this():
         build(work, plan, executor).run()
 
 
@@ -164,10 +164,8 @@ class InThisProcess(LocalPipelineExecutor):
 
     def run(self) -> None:
         """Do what is not complete."""
-        pipeline = self.pipeline
         for rank in self.get_incomplete_ranks():
-            self.pipeline = deepcopy(pipeline)  # each task has statistics of its own
-            self._run_for_rank(rank)
+            deepcopy(self)._run_for_rank(rank)  # each task has statistics of its own
 
 
 def _ray(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:

@@ -1,20 +1,23 @@
 """What the starting process sees of its workers: a bar of documents, and the death of one that was killed.
 
-A killed worker leaves a task's folder whose lock nobody holds. multiprocessing's pool would wait for it forever.
+multiprocessing's pool starts another worker in its place, but waits forever for the task that it had.
 """
 
 import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import multiprocess
 from tqdm import tqdm
 
 from megatron_act.data.work import Work
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.1
+GONE_SECONDS = 1.0  # a pool that is being ended ends sooner
 
 
 class WorkerKilled(RuntimeError):
@@ -22,19 +25,19 @@ class WorkerKilled(RuntimeError):
 
 
 @contextlib.contextmanager
-def watched(work: Work, total: int | None, progress: bool, local: bool) -> Iterator[None]:
-    """Show progress during the block, and end it when a worker is killed.
+def watched(work: Work, tasks: int, rows: int | None, progress: bool) -> Iterator[None]:
+    """Show progress during the block, and end it when a worker of this process is killed.
 
     Args:
-        total: rows of all sources; None where unknown.
+        tasks: how many there are.
+        rows: of all sources; None where unknown.
         progress: show a bar on standard error when that is a terminal.
-        local: workers belong to this machine; elsewhere the engine starts a killed one again.
 
     Raises:
         WorkerKilled: in place of waiting forever.
     """
-    with tqdm(total=total, desc="tokenizing", unit="doc", disable=None if progress else True) as bar:
-        watcher = _Watcher(work, bar, local)
+    with tqdm(total=rows, desc="tokenizing", unit="doc", disable=None if progress else True) as bar:
+        watcher = _Watcher(work, tasks, bar)
         watcher.start()
         try:
             yield
@@ -50,26 +53,33 @@ def watched(work: Work, total: int | None, progress: bool, local: bool) -> Itera
 
 
 class _Watcher(threading.Thread):
-    def __init__(self, work: Work, bar: tqdm, local: bool) -> None:
+    def __init__(self, work: Work, tasks: int, bar: tqdm) -> None:
         super().__init__(daemon=True)
-        self.work, self.bar, self.local = work, bar, local
+        self.work, self.tasks, self.bar = work, tasks, bar
         self.found_dead, self.end = False, threading.Event()
         self.counted: dict[Path, int] = {}
-        self.unheld: set[Path] = set()
+        self.others = _children()  # not the pool's
+        self.seen: set[int] = set()
+        self.complete = time.monotonic()
 
     def run(self) -> None:
         while not self.end.wait(POLL_SECONDS):
             if not self.bar.disable:
                 self.bar.update(self._rows() - self.bar.n)
-            if self.local and self._somebody_died():
+            if self._somebody_died():
                 self.found_dead = True
                 os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread
                 return
 
     def _somebody_died(self) -> bool:
-        """Whether a folder is unheld twice in a row, without an error that would end the pool anyway."""
-        before, self.unheld = self.unheld, {folder for folder, held in self.work.under_way().items() if not held}
-        return bool(before & self.unheld) and not self.work.errors()
+        """Whether a child has been gone for a while, though neither the end nor an error has made the pool end it."""
+        living = _children() - self.others
+        self.seen |= living
+        if self.seen == living:
+            self.complete = time.monotonic()
+        if time.monotonic() - self.complete < GONE_SECONDS:
+            return False
+        return not self.work.errors() and len(self.work.done()) < self.tasks
 
     def _rows(self) -> int:
         for number in self.work.done():
@@ -77,6 +87,10 @@ class _Watcher(threading.Thread):
             if folder not in self.counted and (result := self.work.result(number)):
                 self.counted[folder] = result["rows"]
         return sum(self.counted.values()) + sum(_noted(folder) for folder in self.work.under_way())
+
+
+def _children() -> set[int]:
+    return {child.pid for child in multiprocess.active_children()}
 
 
 def _noted(folder: Path) -> int:

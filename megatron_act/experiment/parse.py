@@ -10,7 +10,7 @@
     tuning_seeds: [101]               # seeds of those runs, none of `seeds`
     schedule: {kind: wsd, warmup: 0.1, decay: 0.2, final: 0.0}    # or kind: cosine; default: the base's flags
     data: {train: [edu_train], valid: [edu_valid]}          # .bin/.idx prefixes; or one list for Megatron's --split
-    corpus: "edu_sample, not FineWeb-Edu"                   # the data's name for people; default: the files' names
+    corpus: "my corpus, not FineWeb-Edu"                   # the data's name for people; default: the files' names
     tokenizer: tokenizer              # a folder that AutoTokenizer opens
     held_out_tokens: 1000000          # of the validation data, the first so many (whole documents); default: all
     evaluations: 5                    # validations per run, the last after the last step; default: that one
