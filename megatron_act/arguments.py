@@ -55,27 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         action="store_true",
         help="keep the pre-activation only; the backward pass computes the activation again",
     )
-    group.add_argument(
-        "--activation-fp8-output",
-        action="store_true",
-        help="with --fp8-format: the activation writes fc2's input in FP8 (Transformer Engine 2.20, plain MLPs)",
-    )
-    group.add_argument(
-        "--activation-fp8-grad",
-        action="store_true",
-        help="with --fp8-format: the backward pass writes the gradient that fc1 reads in FP8 (not tensorwise)",
-    )
-    group.add_argument(
-        "--activation-fp8-input-store",
-        action="store_true",
-        help="keep the pre-activation in FP8 for the backward pass: half the memory, gradients within FP8's error",
-    )
-    group.add_argument(
-        "--dataloader",
-        choices=["megatron", "dali"],
-        default="megatron",
-        help="dali: NVIDIA DALI (pip install nvidia-dali-cuda130) reads the same samples in the same order",
-    )
+    _add_fp8(group)
     group.add_argument("--cpu", action="store_true", help="train on the CPU with gloo (development and tests)")
     group.add_argument("--metrics-jsonl", metavar="FILE", help="write loss, scalars and speed of each logged step here")
     group.add_argument(
@@ -105,6 +85,30 @@ def _add_faults(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="N",
         help="save by the clock too, or, without --save-interval, only",
+    )
+
+
+def _add_fp8(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--activation-fp8-output",
+        action="store_true",
+        help="with --fp8-format: the activation writes fc2's input in FP8 (Transformer Engine 2.20, plain MLPs)",
+    )
+    group.add_argument(
+        "--activation-fp8-grad",
+        action="store_true",
+        help="with --fp8-format: the backward pass writes the gradient that fc1 reads in FP8 (not tensorwise)",
+    )
+    group.add_argument(
+        "--activation-fp8-input-store",
+        action="store_true",
+        help="keep the pre-activation in FP8 for the backward pass: half the memory, gradients within FP8's error",
+    )
+    group.add_argument(
+        "--dataloader",
+        choices=["megatron", "dali"],
+        default="megatron",
+        help="dali: NVIDIA DALI (pip install nvidia-dali-cuda130) reads the same samples in the same order",
     )
 
 
