@@ -243,7 +243,11 @@ def test_another_version_gets_bf16_before_any_of_its_parts_is_asked_for() -> Non
 def test_everything_at_once_is_what_the_parts_are() -> None:
     """FP8 result and gradient with a kept pre-activation in FP8: the bits of the same with bf16 result and gradient."""
     recipe = recipe_of("delayed", "HYBRID")
-    same(train(mlp(Fp8Options(output=True, grad=True, store=True)), recipe), train(mlp(KEPT), recipe))
+    module = mlp(Fp8Options(output=True, grad=True, store=True))
+    with watched(module) as seen:
+        got = train(module, recipe)
+    assert seen["fc2"] == ["Tensor"] + 5 * ["Float8Tensor"] and seen["fc1"] == 6 * ["Float8Tensor"]
+    same(got, train(mlp(KEPT), recipe))
 
 
 @in_engine

@@ -107,9 +107,7 @@ def make_plan(
     Raises:
         UserError: bad input, or an output that exists.
     """
-    prefix, filters = Path(output_prefix), filters or Filters()
-    if prefix.is_dir() or not prefix.name:
-        raise UserError(f"expected --output-prefix FOLDER/NAME, got the folder {prefix}; add a name for the files")
+    prefix, filters = _named(output_prefix), filters or Filters()
     check_absent(final_paths(str(prefix), outputs(str(prefix), split, shards)), overwrite or resume)
     columns = columns_for(filters, text_column, with_id=split is not None)
     sources = open_sources(inputs, columns)
@@ -126,6 +124,14 @@ def make_plan(
         overwrite or (earlier is not None and earlier.overwrite),
         command,
     )
+
+
+def _named(output_prefix: str | Path) -> Path:
+    """The prefix, which must not be a folder."""
+    prefix = Path(output_prefix)
+    if prefix.is_dir() or not prefix.name:
+        raise UserError(f"expected --output-prefix FOLDER/NAME, got the folder {prefix}; add a name for the files")
+    return prefix
 
 
 def run(
