@@ -174,15 +174,31 @@ class FakeXielu:
         return torch.where(x > 0, a_p * x * x + beta * x, low * a_n + beta * x)
 
 
-def import_from(folder, monkeypatch):
-    monkeypatch.syspath_prepend(folder)
-    for module in list(sys.modules):
-        if module.split(".")[0] in ("liger_kernel", "transformer_engine", "xielu"):
-            monkeypatch.delitem(sys.modules, module)
+def loaded():
+    names = ("liger_kernel", "transformer_engine", "xielu")
+    return {name: module for name, module in sys.modules.items() if name.split(".")[0] in names}
 
 
 @pytest.fixture
-def libraries(tmp_path, monkeypatch):
+def import_from(monkeypatch):
+    """Makes a folder's packages importable; afterwards this process knows what it knew before."""
+    before = loaded()
+
+    def forget():
+        for name in loaded():
+            del sys.modules[name]
+
+    def put(folder):
+        monkeypatch.syspath_prepend(folder)
+        forget()
+
+    yield put
+    forget()
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def libraries(tmp_path, monkeypatch, import_from):
     """Stand-ins for the three libraries, importable."""
     contents = {
         "liger_kernel/ops/swiglu": LIGER_SWIGLU, "liger_kernel/ops/relu_squared": LIGER_RELU2,
@@ -193,7 +209,7 @@ def libraries(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     monkeypatch.setattr(torch.classes, "xielu", SimpleNamespace(XIELU=FakeXielu), raising=False)
-    import_from(tmp_path, monkeypatch)
+    import_from(tmp_path)
     return competitors.find()
 
 
@@ -211,10 +227,10 @@ def test_every_library_is_called_as_its_users_call_it(libraries):
             torch.testing.assert_close(function(x, *raw), want, rtol=1e-4, atol=1e-5)
 
 
-def test_libraries_that_are_not_there_or_do_not_load(tmp_path, monkeypatch):
+def test_libraries_that_are_not_there_or_do_not_load(tmp_path, import_from):
     (tmp_path / "xielu").mkdir()
     (tmp_path / "xielu" / "ops.py").write_text("raise OSError('libcudart.so.11: not found')")
-    import_from(tmp_path, monkeypatch)
+    import_from(tmp_path)
     found = competitors.find()
     assert found.broken == ["xIELU CUDA (OSError: libcudart.so.11: not found)"]
     if DEVICE == "cpu":
