@@ -35,9 +35,9 @@ def train(data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Tr
     Saving takes seconds: only runs with ``--save-interval`` among their flags do.
     """
 
-    def run(*flags: str, ranks: int = 1, entry: tuple[str, ...] = ("-m", "megatron_act.pretrain_gpt")) -> Run:
+    def run(*flags: str, ranks: int = 1) -> Run:
         folder = tmp_path_factory.mktemp("run")
-        done = torchrun(*entry, *command_line(folder, data_flags, flags), ranks=ranks)
+        done = torchrun("-m", "megatron_act.pretrain_gpt", *command_line(folder, data_flags, flags), ranks=ranks)
         (folder / "log.txt").write_text(done.stdout)
         return Run(folder, done.returncode, done.stdout, records(folder))
 
@@ -92,8 +92,8 @@ def engine_train(data_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def initial(train: Train) -> Path:
+def initial(forked_train: Train) -> Path:
     """A checkpoint of xIELU's initial weights for all layouts: pipeline stages would draw from seeds of their own."""
-    run = train("--activation", "xielu", *INITIAL)
+    run = forked_train("--activation", "xielu", *INITIAL)
     assert run.code == 0, run.log[-2000:]
     return run.checkpoint

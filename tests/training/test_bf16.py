@@ -29,20 +29,20 @@ def test_bf16_keeps_the_scalars_fp32_undecayed_and_moving(data_flags: list[str])
     assert len(moves) == 8 and all(1e-6 < move < 3.5e-4 for move in moves)
 
 
-def test_a_resumed_bf16_run_equals_the_uninterrupted_one_bit_for_bit(train: Train, tmp_path: Path) -> None:
-    whole = train(*TP2, "--train-iters", "6", "--save-interval", "3", ranks=2)
+def test_a_resumed_bf16_run_equals_the_uninterrupted_one_bit_for_bit(forked_train: Train, tmp_path: Path) -> None:
+    whole = forked_train(*TP2, "--train-iters", "6", "--save-interval", "3", ranks=2)
     assert whole.code == 0, whole.log[-3000:]
     (tmp_path / "iter_0000003").symlink_to(whole.checkpoint / "iter_0000003")
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("3")
-    resumed = train(*TP2, "--train-iters", "6", "--load", str(tmp_path), ranks=2)
+    resumed = forked_train(*TP2, "--train-iters", "6", "--load", str(tmp_path), ranks=2)
     assert resumed.code == 0, resumed.log[-3000:]
     assert [step["iteration"] for step in resumed.steps] == [4, 5, 6]
     for ours, reference in zip(resumed.steps, whole.steps[3:], strict=True):
         assert (ours["loss"], ours["scalars"]) == (reference["loss"], reference["scalars"])
 
 
-def test_the_distributed_optimizer_saves_fp32_scalars(train: Train) -> None:
-    run = train(*TP2, "--use-distributed-optimizer", "--train-iters", "2", *SAVE, ranks=2)
+def test_the_distributed_optimizer_saves_fp32_scalars(forked_train: Train) -> None:
+    run = forked_train(*TP2, "--use-distributed-optimizer", "--train-iters", "2", *SAVE, ranks=2)
     assert run.code == 0, run.log[-3000:]
     checkpoint = MegatronCheckpoint(run.checkpoint)
     stored = checkpoint.tensor("decoder.layers.mlp.activation_func.alpha_p")

@@ -95,21 +95,23 @@ def check(run: Run) -> Run:
     return run
 
 
-def curves(train: Train, sets: list[str], layouts: tuple[str, ...]) -> dict[str, Run]:
+def curves(forked_train: Train, sets: list[str], layouts: tuple[str, ...]) -> dict[str, Run]:
     """The same training in several layouts, all from one checkpoint of initial weights."""
-    initial = check(train(*MOE, *sets, *INITIAL)).checkpoint
+    initial = check(forked_train(*MOE, *sets, *INITIAL)).checkpoint
     flags = [*MOE, *sets, "--train-iters", str(STEPS), "--save-interval", "4", "--load", str(initial), "--finetune"]
-    return {name: check(train(*flags, *WEIGHTS_ONLY, *LAYOUTS[name][1], ranks=LAYOUTS[name][0])) for name in layouts}
+    return {
+        name: check(forked_train(*flags, *WEIGHTS_ONLY, *LAYOUTS[name][1], ranks=LAYOUTS[name][0])) for name in layouts
+    }
 
 
 @pytest.fixture(scope="module")
-def shared(train: Train) -> dict[str, Run]:
-    return curves(train, [], ("ep1", "dp2", "ep2", "tp2_ep2"))
+def shared(forked_train: Train) -> dict[str, Run]:
+    return curves(forked_train, [], ("ep1", "dp2", "ep2", "tp2_ep2"))
 
 
 @pytest.fixture(scope="module")
-def per_expert(train: Train) -> dict[str, Run]:
-    return curves(train, ["--activation-per-expert"], ("ep1", "ep2"))
+def per_expert(forked_train: Train) -> dict[str, Run]:
+    return curves(forked_train, ["--activation-per-expert"], ("ep1", "ep2"))
 
 
 def assert_equal_runs(run: Run, reference: Run) -> None:
@@ -174,19 +176,21 @@ def test_checkpoint_keys_do_not_depend_on_expert_parallelism(
             assert tuple(stored.shape) == shape
 
 
-def resumed(train: Train, run: Run, folder: Path, *flags: str, ranks: int) -> Run:
+def resumed(forked_train: Train, run: Run, folder: Path, *flags: str, ranks: int) -> Run:
     """Continues ``run`` from its checkpoint at step 4."""
     (folder / "iter_0000004").symlink_to(run.checkpoint / "iter_0000004")
     (folder / "latest_checkpointed_iteration.txt").write_text("4")
-    done = check(train(*MOE, "--train-iters", str(STEPS), "--load", str(folder), *flags, ranks=ranks))
+    done = check(forked_train(*MOE, "--train-iters", str(STEPS), "--load", str(folder), *flags, ranks=ranks))
     assert [step["iteration"] for step in done.steps] == [5, 6, 7, 8]
     return done
 
 
 @pytest.mark.distributed
-def test_saved_at_ep2_scalars_per_expert_go_on_at_ep1(per_expert: dict[str, Run], train: Train, tmp_path: Path) -> None:
+def test_saved_at_ep2_scalars_per_expert_go_on_at_ep1(
+    per_expert: dict[str, Run], forked_train: Train, tmp_path: Path
+) -> None:
     """With their optimizer state, which Megatron keeps in two optimizers at EP 2 (test_resharding: shared scalars)."""
-    done = resumed(train, per_expert["ep2"], tmp_path, "--activation-per-expert", ranks=1)
+    done = resumed(forked_train, per_expert["ep2"], tmp_path, "--activation-per-expert", ranks=1)
     for ours, reference in zip(done.steps, per_expert["ep2"].steps[4:], strict=True):
         assert ours["loss"] == pytest.approx(reference["loss"], rel=0, abs=TOLERANCE)
         for name, values in reference["scalars"].items():
@@ -195,16 +199,16 @@ def test_saved_at_ep2_scalars_per_expert_go_on_at_ep1(per_expert: dict[str, Run]
 
 @pytest.mark.distributed
 def test_resuming_at_the_same_expert_parallelism_repeats_the_run(
-    per_expert: dict[str, Run], train: Train, tmp_path: Path
+    per_expert: dict[str, Run], forked_train: Train, tmp_path: Path
 ) -> None:
-    done = resumed(train, per_expert["ep2"], tmp_path, "--activation-per-expert", *EP2, ranks=2)
+    done = resumed(forked_train, per_expert["ep2"], tmp_path, "--activation-per-expert", *EP2, ranks=2)
     for ours, reference in zip(done.steps, per_expert["ep2"].steps[4:], strict=True):
         assert (ours["loss"], ours["scalars"]) == (reference["loss"], reference["scalars"])
 
 
 @pytest.mark.distributed
-def test_experts_that_keep_their_scalars_otherwise_are_refused(shared: dict[str, Run], train: Train) -> None:
+def test_experts_that_keep_their_scalars_otherwise_are_refused(shared: dict[str, Run], forked_train: Train) -> None:
     load = ["--load", str(shared["ep2"].checkpoint), "--train-iters", "9"]
-    other = train(*MOE, *load, "--activation-per-expert")
+    other = forked_train(*MOE, *load, "--activation-per-expert")
     assert "expected scalars per expert, got a checkpoint with one set of scalars per layer" in other.log
     assert "Traceback" not in other.log.split("error:")[0]

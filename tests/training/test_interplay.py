@@ -42,14 +42,14 @@ def trained(run: Run) -> Run:
 
 
 @pytest.fixture(scope="module")
-def recomputing(train: Train) -> Run:
-    return trained(train(*TP2, AGAIN, *SAVE, ranks=2))
+def recomputing(forked_train: Train) -> Run:
+    return trained(forked_train(*TP2, AGAIN, *SAVE, ranks=2))
 
 
-def test_recompute_changes_nothing_in_experts(train: Train) -> None:
+def test_recompute_changes_nothing_in_experts(forked_train: Train) -> None:
     """Routed experts one after the other, weighted per token, sharing their layer's scalars."""
     flags = [*XIELU, *EXPERTS, "--train-iters", "2"]
-    ours, reference = trained(train(*flags, AGAIN)), trained(train(*flags))
+    ours, reference = trained(forked_train(*flags, AGAIN)), trained(forked_train(*flags))
     assert [(s["loss"], s["grad_norm"], s["scalars"]) for s in ours.steps] == [
         (s["loss"], s["grad_norm"], s["scalars"]) for s in reference.steps
     ]
@@ -57,19 +57,19 @@ def test_recompute_changes_nothing_in_experts(train: Train) -> None:
 
 
 @pytest.fixture(scope="module")
-def gelu(train: Train) -> Run:
-    return trained(train("--train-iters", "1", *SAVE))
+def gelu(forked_train: Train) -> Run:
+    return trained(forked_train("--train-iters", "1", *SAVE))
 
 
 @pytest.fixture(scope="module")
-def plain(train: Train) -> Run:
-    return trained(train(*TP2, *SAVE, "--async-save", "--async-strategy", "mcore", ranks=2))
+def plain(forked_train: Train) -> Run:
+    return trained(forked_train(*TP2, *SAVE, "--async-save", "--async-strategy", "mcore", ranks=2))
 
 
 @pytest.mark.parametrize("flags", [None, [AGAIN, *FULL], [AGAIN, *SELECTIVE]], ids=["none", "full", "selective"])
-def test_recompute_changes_nothing(train: Train, plain: Run, recomputing: Run, flags: list[str] | None) -> None:
+def test_recompute_changes_nothing(forked_train: Train, plain: Run, recomputing: Run, flags: list[str] | None) -> None:
     """bf16, TP 2, two micro-batches a step: losses, gradient norms and scalars of three steps, exactly."""
-    other = plain if flags is None else trained(train(*TP2, *flags, ranks=2))
+    other = plain if flags is None else trained(forked_train(*TP2, *flags, ranks=2))
     assert len(other.steps) == 3
     for ours, reference in zip(recomputing.steps, other.steps, strict=True):
         for key in ("loss", "grad_norm", "scalars"):
@@ -84,9 +84,9 @@ def test_an_asynchronous_save_holds_the_same_weights(plain: Run, recomputing: Ru
         assert torch.equal(ours.tensor(name), reference.tensor(name)), name
 
 
-def test_use_checkpoint_args_restores_our_flags(train: Train, recomputing: Run) -> None:
+def test_use_checkpoint_args_restores_our_flags(forked_train: Train, recomputing: Run) -> None:
     words = ["--use-checkpoint-args", "--bf16", "--load", str(recomputing.checkpoint), *STILL, "--train-iters", "4"]
-    run = trained(train(*words, "--no-load-optim"))
+    run = trained(forked_train(*words, "--no-load-optim"))
     restored = f"--activation xielu --activation-init alpha_p=0.7 alpha_n=0.9 --activation-backend auto {AGAIN}"
     assert f"from the checkpoint's arguments: {restored}" in run.log
     assert run.records[0]["activation"] == "xielu"
@@ -94,18 +94,20 @@ def test_use_checkpoint_args_restores_our_flags(train: Train, recomputing: Run) 
     assert run.steps[0]["scalars"] == recomputing.steps[-1]["scalars"]
 
 
-def test_finetune_starts_at_zero_with_weights_and_scalars(train: Train, recomputing: Run) -> None:
+def test_finetune_starts_at_zero_with_weights_and_scalars(forked_train: Train, recomputing: Run) -> None:
     run = trained(
-        train(*XIELU, "--bf16", "--finetune", "--load", str(recomputing.checkpoint), *STILL, "--train-iters", "1")
+        forked_train(
+            *XIELU, "--bf16", "--finetune", "--load", str(recomputing.checkpoint), *STILL, "--train-iters", "1"
+        )
     )
     assert [step["iteration"] for step in run.steps] == [1]
     assert run.steps[0]["scalars"] == recomputing.steps[-1]["scalars"]
     assert run.losses[0] < recomputing.losses[0] - 0.1  # the same first batch, after three steps
 
 
-def test_missing_scalars_are_filled_and_named(train: Train, gelu: Run) -> None:
+def test_missing_scalars_are_filled_and_named(forked_train: Train, gelu: Run) -> None:
     flags = ["--activation-init-missing", "--finetune", "--load", str(gelu.checkpoint), *STILL, "--train-iters", "1"]
-    run = trained(train(*XIELU, *flags, *SAVE))
+    run = trained(forked_train(*XIELU, *flags, *SAVE))
     line = "weights of a gelu checkpoint (its scalars, ignored: none); filled in 4 activations of this rank: "
     assert line + "alpha_p=0.7, alpha_n=0.9" in run.log
     old, new = MegatronCheckpoint(gelu.checkpoint), MegatronCheckpoint(run.checkpoint)
@@ -117,13 +119,13 @@ def test_missing_scalars_are_filled_and_named(train: Train, gelu: Run) -> None:
     assert run.steps[0]["scalars"] == {"alpha_p": pytest.approx([0.7] * 4), "alpha_n": pytest.approx([0.9] * 4)}
 
 
-def test_a_fill_that_cannot_work_is_refused(train: Train, gelu: Run) -> None:
+def test_a_fill_that_cannot_work_is_refused(forked_train: Train, gelu: Run) -> None:
     flags = [*XIELU, "--activation-init-missing", "--load", str(gelu.checkpoint), "--train-iters", "2"]
     for more, words in (
         ([], ["--finetune", "--no-load-optim", "gelu", "xielu"]),
         (["--finetune", "--ffn-hidden-size", "80"], ["--ffn-hidden-size 80", "96"]),
     ):
-        run = train(*flags, *more)
+        run = forked_train(*flags, *more)
         assert run.code != 0
         line = next(line for line in run.log.splitlines() if line.startswith("error: "))
         assert [word for word in words if word not in line] == []

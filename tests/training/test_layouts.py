@@ -18,11 +18,11 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def runs(train: Train, initial: Path) -> dict[str, Run]:
+def runs(forked_train: Train, initial: Path) -> dict[str, Run]:
     start = ["--load", str(initial), "--finetune", "--no-load-optim", "--no-load-rng"]
     save = ["--save-interval", "10"]
     done = {
-        name: train("--activation", "xielu", "--train-iters", str(STEPS), *start, *save, *flags, ranks=ranks)
+        name: forked_train("--activation", "xielu", "--train-iters", str(STEPS), *start, *save, *flags, ranks=ranks)
         for name, (ranks, flags) in LAYOUTS.items()
     }
     assert {name: run.code for name, run in done.items()} == dict.fromkeys(LAYOUTS, 0), done["pp2"].log[-3000:]
@@ -53,12 +53,14 @@ def test_scalars_and_gradient_norm_equal_one_rank(runs: dict[str, Run], layout: 
             assert ours["scalars"][name] == pytest.approx(values, rel=0, abs=TOLERANCE)
 
 
-def test_resuming_under_another_layout_continues_the_run(runs: dict[str, Run], train: Train, tmp_path: Path) -> None:
+def test_resuming_under_another_layout_continues_the_run(
+    runs: dict[str, Run], forked_train: Train, tmp_path: Path
+) -> None:
     source = tmp_path / "checkpoint"
     source.mkdir()
     (source / "iter_0000010").symlink_to(runs["tp2"].checkpoint / "iter_0000010")
     (source / "latest_checkpointed_iteration.txt").write_text("10")
-    resumed = train(
+    resumed = forked_train(
         "--activation", "xielu", "--train-iters", str(STEPS), "--load", str(source), *LAYOUTS["pp2"][1], ranks=2
     )
     assert resumed.code == 0, resumed.log[-3000:]

@@ -19,8 +19,10 @@ GRADIENT = re.compile(
 )
 
 
-def broken(train: Train, fault: str, flags: list[str], ranks: int) -> Run:
-    run = train("--activation", "xielu", "--train-iters", "4", *flags, ranks=ranks, entry=(WORKER, fault))
+def broken(forked_train: Train, fault: str, flags: list[str], ranks: int) -> Run:
+    run = forked_train(
+        "--activation", "xielu", "--train-iters", "4", *flags, ranks=ranks, prepare=["reductions", {"variant": fault}]
+    )
     assert run.code != 0
     assert "no all-reduce of your own" in run.log, run.log[-3000:]
     return run
@@ -38,9 +40,9 @@ def broken(train: Train, fault: str, flags: list[str], ranks: int) -> Run:
     ],
 )
 def test_a_wrong_reduction_stops_the_run(
-    fault: str, flags: list[str], ranks: int, ratio: float | None, train: Train
+    fault: str, flags: list[str], ranks: int, ratio: float | None, forked_train: Train
 ) -> None:
-    run = broken(train, fault, flags, ranks)
+    run = broken(forked_train, fault, flags, ranks)
     assert run.steps == []
     found = GRADIENT.search(run.log)
     assert found, run.log[-3000:]
@@ -56,7 +58,7 @@ def test_a_wrong_reduction_stops_the_run(
 def test_a_run_through_spec_is_checked_at_its_second_step(data_flags: list[str]) -> None:
     """Megatron-LM's own entry point: the sum in the backward pass is the only one there is."""
     spec = ["--spec", "megatron_act.specs", "xielu", "--train-iters", "4"]
-    done = torchrun(WORKER, "spec", *FLAGS, *MODEL_FLAGS, *data_flags, *spec, *TP2, ranks=2)
+    done = torchrun(WORKER, *FLAGS, *MODEL_FLAGS, *data_flags, *spec, *TP2, ranks=2)
     assert done.returncode != 0
     found = GRADIENT.search(done.stdout)
     assert found, done.stdout[-3000:]
@@ -65,8 +67,8 @@ def test_a_run_through_spec_is_checked_at_its_second_step(data_flags: list[str])
     assert "iteration        2/" not in done.stdout
 
 
-def test_replicas_that_drift_apart_are_not_saved(train: Train) -> None:
-    run = broken(train, "drift", [*TP2, "--save-interval", "3"], 2)
+def test_replicas_that_drift_apart_are_not_saved(forked_train: Train) -> None:
+    run = broken(forked_train, "drift", [*TP2, "--save-interval", "3"], 2)
     assert len(run.steps) == 3
     assert not (run.checkpoint / "latest_checkpointed_iteration.txt").exists()
     found = re.search(

@@ -12,7 +12,6 @@ STEPS = 8
 CLIP = 0.2  # below every gradient norm of these steps
 # Adam divides a gradient's size away; with this epsilon its step is nearly proportional to the gradient
 PROPORTIONAL = ["--adam-eps", "0.1", "--lr", "0.5", "--min-lr", "0.5", "--weight-decay", "0.01"]
-WORKERS = Path(__file__).parent / "workers"
 TP2, PP2 = ["--tensor-model-parallel-size", "2"], ["--pipeline-model-parallel-size", "2"]
 SHARDED = ["--use-distributed-optimizer", "--overlap-grad-reduce"]
 LAYOUTS = {
@@ -36,14 +35,10 @@ def start(initial: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def one_rank(train: Train, start: list[str]) -> Run:
-    run = train("--activation", "xielu", *start)
+def one_rank(forked_train: Train, start: list[str]) -> Run:
+    run = forked_train("--activation", "xielu", *start)
     assert run.code == 0, run.log[-2000:]
     return run
-
-
-def entry(layout: str) -> tuple[str, ...]:
-    return (str(WORKERS / "context_parallel.py"),) if "cp2" in layout else ("-m", "megatron_act.pretrain_gpt")
 
 
 def beyond_tolerance(found: dict[str, float]) -> dict[str, float]:
@@ -69,19 +64,22 @@ def test_the_reference_clips_and_moves_every_scalar(one_rank: Run) -> None:
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_layout_equals_one_rank(layout: str, train: Train, start: list[str], one_rank: Run) -> None:
+def test_layout_equals_one_rank(layout: str, forked_train: Train, start: list[str], one_rank: Run) -> None:
     ranks, flags = LAYOUTS[layout]
-    run = train("--activation", "xielu", *start, *flags, ranks=ranks, entry=entry(layout))
+    prepare = ["context_parallel", {}] if "cp2" in layout else None
+    run = forked_train("--activation", "xielu", *start, *flags, ranks=ranks, prepare=prepare)
     assert run.code == 0, run.log[-3000:]
     found = difference(run, one_rank)
     print(layout, found)
     assert beyond_tolerance(found) == {}
 
 
-def test_one_sum_per_step_equals_sums_in_the_backward_pass(train: Train, start: list[str], one_rank: Run) -> None:
+def test_one_sum_per_step_equals_sums_in_the_backward_pass(
+    forked_train: Train, start: list[str], one_rank: Run
+) -> None:
     """Two micro-batches a step; the two ways add the same fp32 numbers in another order."""
-    worker = (str(WORKERS / "reductions.py"), "backward")
-    runs = [train("--activation", "xielu", *start, *TP2, ranks=2, **options) for options in ({}, {"entry": worker})]
+    ways = (None, ["reductions", {"variant": "backward"}])
+    runs = [forked_train("--activation", "xielu", *start, *TP2, ranks=2, prepare=way) for way in ways]
     assert [run.code for run in runs] == [0, 0], runs[1].log[-3000:]
     assert max(difference(*runs).values()) < 2e-6
     assert beyond_tolerance(difference(runs[1], one_rank)) == {}

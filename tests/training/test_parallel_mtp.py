@@ -10,12 +10,12 @@ STEPS = ["--train-iters", "4", "--adam-eps", "0.1", "--lr", "0.5", "--min-lr", "
 TP2_PP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--pipeline-model-parallel-size", "2"]
 
 
-def test_a_prediction_layer_trains_scalars_of_its_own(train: Train) -> None:
+def test_a_prediction_layer_trains_scalars_of_its_own(forked_train: Train) -> None:
     common = ["--activation", "xielu", *MTP]
-    first = train(*common, *INITIAL)
+    first = forked_train(*common, *INITIAL)
     assert first.code == 0, first.log[-3000:]
     start = ["--load", str(first.checkpoint), "--finetune", "--no-load-optim", "--no-load-rng", *STEPS]
-    one, many = train(*common, *start), train(*common, *start, *TP2_PP2, ranks=4)
+    one, many = forked_train(*common, *start), forked_train(*common, *start, *TP2_PP2, ranks=4)
     assert [one.code, many.code] == [0, 0], (one if one.code else many).log[-3000:]
     assert many.losses == pytest.approx(one.losses, rel=0, abs=1e-4)
     for ours, reference in zip(many.steps, one.steps, strict=True):

@@ -165,8 +165,10 @@ def test_missing_tokenizer_is_refused(data_flags: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_without_the_scalars_is_refused(train: Train, data_flags: list[str], tmp_path: Path) -> None:
-    swiglu = train("--swiglu", "--train-iters", "1", *SAVE)
+def test_a_checkpoint_without_the_scalars_is_refused(
+    forked_train: Train, data_flags: list[str], tmp_path: Path
+) -> None:
+    swiglu = forked_train("--swiglu", "--train-iters", "1", *SAVE)
     assert swiglu.code == 0, swiglu.log[-2000:]
     line = refused_line([*data_flags, "--load", str(swiglu.checkpoint)], tmp_path)
     assert "xielu" in line and "swiglu" in line and "alpha_p" in line

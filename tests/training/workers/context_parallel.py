@@ -1,20 +1,9 @@
-"""The entry point with an attention that serves context parallelism on a CPU."""
+"""The entry point with an attention that serves context parallelism on a CPU: ``prepare`` of a forked run."""
 
-import sys
-from pathlib import Path
+from context_attention import GatheringAttention
+from megatron.core.models.backends import LocalSpecProvider
 
-from megatron_act import cpu_backend
 
-cpu_backend.install()
-
-from megatron.core.models.backends import LocalSpecProvider  # noqa: E402
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from context_attention import GatheringAttention  # noqa: E402
-
-from megatron_act import pretrain_gpt  # noqa: E402
-
-if __name__ == "__main__":
+def prepare():
+    """Before the entry point starts."""
     LocalSpecProvider.core_attention = lambda self: GatheringAttention
-    pretrain_gpt.main(sys.argv[1:])

@@ -27,7 +27,7 @@ GRACE_S = 3.0  # for the other ranks, once one has failed: gloo tells them
 
 def import_all() -> None:
     """In this process only: Megatron's checkpoint writer starts processes that import this module again."""
-    sys.path[:0] = [str(HERE), str(HERE.parents[1]), str(HERE.parents[2])]
+    sys.path[:0] = [str(folder) for folder in (HERE, *HERE.parents[:3])]
     if "engine" in sys.argv[1:]:
         from te_cpu import loader
 

@@ -1,10 +1,9 @@
-"""The entry point with the reduction of the scalars' gradients changed: ``reductions.py VARIANT [flags]``.
+"""The entry point with the reduction of the scalars' gradients changed: ``prepare`` of a forked run.
 
-``reductions.py spec [flags]``: an entry point of Megatron-LM's style, whose sum in the backward pass is lost.
+``reductions.py [flags]``: an entry point of Megatron-LM's style, whose sum in the backward pass is lost.
 """
 
 import runpy
-import sys
 from pathlib import Path
 
 from megatron_act import cpu_backend
@@ -14,7 +13,7 @@ cpu_backend.install()
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 
-from megatron_act import activation, finalize, pretrain_gpt, replicas  # noqa: E402
+from megatron_act import activation, finalize, replicas  # noqa: E402
 from megatron_act.activation import activations_of  # noqa: E402
 from megatron_act.parallel import sum_main_gradients  # noqa: E402
 
@@ -88,12 +87,13 @@ def wrong_group(modules):
 SUMS = {"none": none, "average": average, "wrong_group": wrong_group}
 HOOKS = {"backward": backward, "both": both, "marked": marked, "drift": drift}
 
-if __name__ == "__main__":
-    variant = sys.argv.pop(1)
-    if variant == "spec":
-        activation.sum_gradients_over_group = lambda scalars, group: tuple(scalars)
-        runpy.run_path(str(Path(__file__).parent / "megatron_lm_entry.py"), run_name="__main__")
-        sys.exit()
+
+def prepare(variant):
+    """Before the entry point starts."""
     finalize.sum_main_gradients = SUMS.get(variant, sum_main_gradients)
     finalize.install = HOOKS.get(variant, installed)
-    pretrain_gpt.main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    activation.sum_gradients_over_group = lambda scalars, group: tuple(scalars)
+    runpy.run_path(str(Path(__file__).parent / "megatron_lm_entry.py"), run_name="__main__")
