@@ -15,6 +15,13 @@ ALLOWED_SKIPS = (
     "data that may not ship",
 )
 
+# Two processes take a file each, in this order: minutes first, or one of them would wait for the other at the end.
+LONG = (
+    *("test_quickstart.py", "test_kernels_precision.py", "test_kernels_compile.py", "test_kernels_fp8_compile.py"),
+    *("test_fp8_training.py", "test_faults.py", "test_recompute.py", "test_compare.py", "test_drawn_layouts.py"),
+    *("test_experts.py", "test_launch_runs.py", "test_checkpoint_export.py", "test_checkpoint_import.py"),
+)
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # must be chosen before triton is imported
 
@@ -32,6 +39,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # The interpreter computes both branches of a where in numpy, which warns about the branch not taken.
     for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
         config.addinivalue_line("filterwarnings", f"ignore:.*encountered in:RuntimeWarning:{module}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def skip_reason(report: pytest.TestReport | pytest.CollectReport) -> str:

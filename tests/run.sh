@@ -10,4 +10,4 @@ python="${MEGATRON_ACT_VENV:-$root/.venv}/bin/python"
 "$python" -m ruff format --check .
 "$python" -m mypy
 export OMP_NUM_THREADS=1 # each of two processes has a core
-exec "$python" -m pytest -n 2 --dist loadfile "$@"
+exec "$python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
