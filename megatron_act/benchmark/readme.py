@@ -3,8 +3,6 @@
 python -m megatron_act.benchmark.readme     (rewrites what is between the markers of README.md)
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +13,8 @@ from megatron_act.benchmark import fp8_report
 from megatron_act.benchmark.cases import FULL
 from megatron_act.benchmark.report import footnote, mlp_table, rows_table
 from megatron_act.benchmark.table import Row
-from megatron_act.errors import UserError, run_cli
+from megatron_act.readme_section import ROOT, committed, main, replaced
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- GPU figures: written by python -m megatron_act.benchmark.readme -->"
 END = "<!-- end of GPU figures -->"
 BYTES_BEGIN = "<!-- FP8 bytes: written by python -m megatron_act.benchmark.readme -->"
@@ -113,7 +110,8 @@ def rendered(readme: str, root: Path = ROOT) -> str:
     Raises:
         UserError: no markers, or a JSON that cannot be read.
     """
-    return _between(readme, BEGIN, END, section(_results(root), (root / PICTURE).exists()))
+    results = committed(root / "tests" / "gpu_results.json", f"run {COMMAND} again")
+    return replaced(readme, BEGIN, END, section(results, (root / PICTURE).exists()))
 
 
 def with_bytes(readme: str) -> str:
@@ -122,38 +120,8 @@ def with_bytes(readme: str) -> str:
     Raises:
         UserError: no markers.
     """
-    return _between(readme, BYTES_BEGIN, BYTES_END, fp8_bytes.table())
-
-
-def _between(readme: str, begin: str, end: str, text: str) -> str:
-    if readme.count(begin) != 1 or readme.count(end) != 1:
-        raise UserError(f"README.md: expected one line {begin!r} and one {end!r}, got others; put them back")
-    before, rest = readme.split(begin)
-    after = rest.split(end)[1]
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
-def _results(root: Path) -> dict[str, Any] | None:
-    path = root / "tests" / "gpu_results.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path.name}: expected JSON, got {error}; run {COMMAND} again") from None
-
-
-def _write() -> None:
-    path = ROOT / "README.md"
-    path.write_text(with_bytes(rendered(path.read_text(encoding="utf-8"))), encoding="utf-8")
-
-
-def main() -> int:
-    """Entry point; returns the exit code."""
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return run_cli(_write, parse.parse_args().debug)
+    return replaced(readme, BYTES_BEGIN, BYTES_END, fp8_bytes.table())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, lambda readme: with_bytes(rendered(readme))))

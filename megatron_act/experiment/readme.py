@@ -4,17 +4,14 @@ cp reproduce_small/summary.json launch/reproduce_small.json && python -m megatro
 (rewrites what is between the two markers of README.md)
 """
 
-import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_act.errors import UserError, run_cli
 from megatron_act.experiment.budget_table import BUDGET_NAMES, paper_note, paper_table
+from megatron_act.readme_section import ROOT, committed, main, replaced
 
-ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path("launch") / "reproduce_small.json"
 PICTURE = Path("launch") / "reproduce_small.png"
 BEGIN = "<!-- small reproduction: written by python -m megatron_act.experiment.readme -->"
@@ -65,34 +62,9 @@ def rendered(readme: str, root: Path = ROOT) -> str:
     Raises:
         UserError: no markers, or a JSON that cannot be read.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise UserError(f"README.md: expected one line {BEGIN!r} and one {END!r}, got others; put them back")
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return f"{before}{BEGIN}\n{section(_results(root), (root / PICTURE).exists())}\n{END}{after}"
-
-
-def _results(root: Path) -> dict[str, Any] | None:
-    path = root / RESULTS
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path.name}: expected JSON, got {error}; copy summary.json again") from None
-
-
-def _write() -> None:
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def main() -> int:
-    """Entry point; returns the exit code."""
-    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return run_cli(_write, parse.parse_args().debug)
+    results = committed(root / RESULTS, "copy summary.json again")
+    return replaced(readme, BEGIN, END, section(results, (root / PICTURE).exists()))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(__doc__, rendered))

@@ -1,4 +1,4 @@
-"""Layouts to start from, with memory per GPU: ``python -m megatron_act.launch.layouts`` prints the README's table.
+"""Layouts to start from, with memory per GPU: ``python -m megatron_act.launch.layouts`` writes the README's table.
 
 Measured nowhere: the memory is `preflight_memory`'s estimate, and the layouts follow three rules. Tensor parallelism
 stays inside a node; a pipeline comes only when state does not fit otherwise; the micro batch is what memory leaves.
@@ -8,12 +8,14 @@ import sys
 from dataclasses import dataclass
 
 from megatron_act import config_files, model_args
-from megatron_act.errors import run_cli
 from megatron_act.kernels import api as kernels
 from megatron_act.layout_memory import Layout
 from megatron_act.model_args import Flags
 from megatron_act.preflight_memory import GIB, USABLE, GpuBytes, Step, gpu_bytes
+from megatron_act.readme_section import main, replaced
 
+BEGIN = "<!-- layouts: written by python -m megatron_act.launch.layouts -->"
+END = "<!-- end of layouts -->"
 ACTIVATION = "xielu"
 GPU_GIB = 79.2  # what CUDA reports of an H100 with 80 GB
 GPUS_PER_NODE = 8
@@ -112,11 +114,14 @@ def table() -> str:
     return "\n".join([*lines, *(item.row() for item in RECOMMENDED)])
 
 
-def main() -> int:
-    """Prints the table."""
-    print(table())
-    return 0
+def rendered(readme: str) -> str:
+    """``readme`` with the table.
+
+    Raises:
+        UserError: no markers.
+    """
+    return replaced(readme, BEGIN, END, table())
 
 
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    sys.exit(main(__doc__, rendered))
