@@ -76,6 +76,7 @@ setup(
     extras_require={
         "te": ["transformer-engine[pytorch]>=2.20,<3"],  # FP8 GEMMs; 2.20 is where the quantizer protocol was read
         "ray": ["ray>=2.60"],  # --executor ray; 2.60 is what was run
+        "wandb": ["wandb>=0.31"],  # --wandb-project; 0.31 is what was run
         "dali": ["nvidia-dali-cuda130>=2.4"],  # optional loader; 2.4 runs CPU-only pipelines
         "data": DATA,  # already required; named so that a data-only machine can install with --no-deps plus these
         "dev": DEV,

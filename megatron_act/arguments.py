@@ -64,10 +64,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         metavar="N",
         help="dense TFLOP/s of one GPU, for MFU (default: known for A100, H100, H200, B200 and GB200 in bf16)",
     )
+    _add_logs(group)
     _add_faults(group)
     parser.error = functools.partial(_one_line_error, parser)  # type: ignore[method-assign]
     parser.formatter_class = _Help
     return parser
+
+
+def _add_logs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--log-dir",
+        metavar="DIR",
+        help="folder of Megatron's own output, a file a rank (default: SAVE/logs; without --save: the console)",
+    )
+    group.add_argument("--megatron-log", action="store_true", help="leave Megatron's own output on the console")
+    group.add_argument("--preflight-only", action="store_true", help="run the checks of megatron_act.preflight and end")
 
 
 def _add_faults(group: argparse._ArgumentGroup) -> None:
@@ -85,6 +96,16 @@ def _add_faults(group: argparse._ArgumentGroup) -> None:
         type=float,
         metavar="N",
         help="save by the clock too, or, without --save-interval, only",
+    )
+    group.add_argument(
+        "--export-best", metavar="DIR", help="keep the checkpoint of the lowest validation loss there, for transformers"
+    )
+    group.add_argument(
+        "--no-exit-signal-handler",
+        action="store_false",
+        dest="exit_signal_handler",
+        default=argparse.SUPPRESS,  # Megatron's own flag has the default
+        help="die by SIGTERM at once, as Megatron does by default; here a run saves and ends with 0",
     )
 
 

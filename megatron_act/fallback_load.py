@@ -10,9 +10,8 @@ import pickle
 from argparse import Namespace
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
-
 from megatron_act.checkpoint.reader import TRACKER, chosen
+from megatron_act.checkpoint.restricted import read_metadata
 from megatron_act.checkpoint.tracker import write_tracker
 from megatron_act.errors import UserError
 
@@ -62,7 +61,7 @@ def damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "metadata.json is missing or broken"
     try:
-        stored = FileSystemReader(checkpoint).read_metadata().storage_data or {}
+        stored = read_metadata(checkpoint).storage_data or {}
     except _UNREADABLE:
         return ".metadata is missing or broken"
     needed: dict[str, int] = {}

@@ -23,8 +23,8 @@ SIZES = {
     "--ffn-hidden-size": "intermediate_size",
     "--padded-vocab-size": "vocab_size",
 }
-# The one scaling that Megatron-Core 0.19 trains with (--use-rope-scaling), as transformers writes it.
-LLAMA3_SCALING = {"factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 8192}
+# What Megatron-Core's --use-rope-scaling fixes, as transformers writes it; the factor is --rope-scaling-factor.
+LLAMA3_BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 def from_hf(path: str | Path) -> Flags:
@@ -72,17 +72,30 @@ def rope_from_hf(path: str | Path) -> Flags:
     file, config = _opened(path)
     rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     rope.update(config.get("rope_parameters") or {})
-    flags: Flags = {"--rotary-base": int(rope["rope_theta"])} if rope["rope_theta"] else {}
+    flags: Flags = {"--rotary-base": _whole(rope, "rope_theta", file)} if rope["rope_theta"] else {}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return flags
-    if kind != "llama3" or any(rope.get(key) != value for key, value in LLAMA3_SCALING.items()):
+    if kind == "linear":
+        flags["--rotary-seq-len-interpolation-factor"] = _whole(rope, "factor", file)
+    elif kind == "llama3" and LLAMA3_BOUNDS.items() <= rope.items() and _is_number(rope.get("factor")):
+        flags |= {"--use-rope-scaling": True, "--rope-scaling-factor": float(rope["factor"])}
+    elif kind != "default":
         given = {key: value for key, value in rope.items() if value is not None}
         raise UserError(
-            f"{file}: expected plain RoPE or llama3 scaling {LLAMA3_SCALING}, which Megatron-Core has, got {given}: "
-            "give the sizes as flags"
+            f"{file}: expected plain RoPE, linear scaling, or llama3 scaling of any factor with {LLAMA3_BOUNDS}, which "
+            f"Megatron-Core has, got {given}: give the sizes as flags"
         )
-    return {**flags, "--use-rope-scaling": True}
+    return flags
+
+
+def _whole(rope: Mapping[str, Any], key: str, path: Path) -> int:
+    """A number that Megatron's parser wants without fraction."""
+    if not _is_number(rope.get(key)) or rope[key] != int(rope[key]):
+        raise UserError(f"{path}: expected a whole number as {key} of rotary embeddings, got {rope.get(key)!r}")
+    return int(rope[key])
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _opened(path: str | Path) -> tuple[Path, dict[str, Any]]:

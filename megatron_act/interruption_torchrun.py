@@ -7,6 +7,8 @@ end. The scheduler's own grace time remains the limit.
 torch 2.13 keeps one store for all starts of the ranks: after a restart gloo finds the addresses of dead ones in it and
 waits for them. ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``, set here, gives every start its own.
 
+Nodes that do not find each other, at the start or after a failure, are a line with what to look at.
+
 A rank without a handler yet, in the first seconds of its start, dies by the signal; torchrun may restart it then.
 """
 
@@ -17,8 +19,10 @@ from types import FrameType
 
 from torch.distributed import run as elastic
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from megatron_act.errors import FAILED, OK
+from megatron_act.rendezvous import await_node_0, sentence
 
 # Ranks that hang after another one has failed are given this long: their SIGTERM only asks them to save.
 _AFTER_FAILURE_S = 5
@@ -32,14 +36,20 @@ def run(words: list[str]) -> int:
         words: what follows ``torchrun`` on a command line; a ``--shutdown-timeout`` among them wins.
 
     Returns:
-        0 if all ranks ended with 0, after a SIGTERM or without; 1 if one failed and no restart was left.
+        0 if all ranks ended with 0, after a SIGTERM or without; 1 if one failed and no restart was left, or the nodes
+        did not find each other.
     """
     signal.signal(signal.SIGTERM, _to_ranks)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    options = elastic.parse_args(words)
     try:
+        await_node_0(options)
         elastic.main([*_WORDS, *words])
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
+        return FAILED
+    except RendezvousError as error:
+        print(f"error: {sentence(error, options)}", file=sys.stderr, flush=True)
         return FAILED
     return OK
 

@@ -1,9 +1,9 @@
 """Checks of nodes, files and flags before hours are burnt: ``torchrun ... -m megatron_act.preflight FLAGS``.
 
-The flags are those of `pretrain_gpt`; ``python -m megatron_act.launch`` runs it on the nodes of a job, before the
-training or alone (``--preflight-only``). All checks are run and reported, by rank 0: a table of what passed, then a
-line for each failure, with what was expected, what came, and what to do. Exit code 0, or 2 where a check failed
-(torchrun itself then ends with 1).
+The flags are those of `pretrain_gpt`, which runs it by ``--preflight-only``; ``python -m megatron_act.launch`` runs it
+on the nodes of a job, before the training or, by the same flag, alone. All checks are run and reported, by rank 0: a
+table of what passed, then a line for each failure, with what was expected, what came, and what to do. Exit code 0, or 2
+where a check failed (torchrun itself then ends with 1).
 """
 
 import argparse
@@ -92,9 +92,9 @@ def _import_megatron(cpu: bool) -> str:
 
 def _connect(cpu: bool) -> str:
     """Joins the process group of all ranks; alone, one of its own."""
-    from megatron_act.training_run import _stand_alone
+    from megatron_act.command_line import stand_alone
 
-    _stand_alone()
+    stand_alone()
     os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # a hung collective raises instead of ending the process
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -17,6 +17,7 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_act import (
     arguments,
+    command_line,
     cpu_backend,
     preflight_data,
     preflight_groups,
@@ -24,7 +25,6 @@ from megatron_act import (
     preflight_memory,
     preflight_storage,
     te,
-    training_run,
 )
 from megatron_act.budget import padded_vocab_size, parameters
 from megatron_act.compat import use_built_helpers
@@ -106,7 +106,8 @@ def validated(flags: dict[str, Any], argv: list[str], cpu: bool) -> list[Finding
     use_built_helpers()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            args = training_run._parse(flags, argv)  # what the training does first
+            command_line.parse(flags, argv)  # what the training does first
+            args = command_line.validate()
     except UserError as error:
         return [Finding("flags", "", str(error))]
     except Exception as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_act.errors import UserError
+from megatron_act.keep_checkpoints import KEEP, tracked
 
 CHECKPOINT_BYTES = 2 + 4 + 4 + 4  # per parameter: bf16 weight, its fp32 copy, Adam's two moments
 SEEN_SECONDS = 10.0  # network file systems show another node's new file late
@@ -74,7 +75,7 @@ def _appears(probe: Path) -> bool:
 
 
 def room(args: Namespace, parameters: int, free: int | None = None) -> str:
-    """Room for two checkpoints at least: one is written while the last one must stay.
+    """Room for all checkpoints of the run that will lie in ``--save`` at the same time (`to_come`).
 
     Args:
         args: Megatron's validated arguments.
@@ -86,14 +87,35 @@ def room(args: Namespace, parameters: int, free: int | None = None) -> str:
     """
     where, size = existing(Path(args.save)), CHECKPOINT_BYTES * parameters
     free = shutil.disk_usage(where).free if free is None else free
-    if free < 2 * size:
+    count, why = to_come(args)
+    if free < count * size:
         raise UserError(
-            f"expected {2 * size / 1e9:.1f} GB free in {where} for two checkpoints, got {free / 1e9:.1f} GB: "
-            "free some or choose another --save"
+            f"expected {count * size / 1e9:,.1f} GB free in {where} for {count:,} more ({why}), got "
+            f"{free / 1e9:,.1f} GB: free some, choose another --save, or keep fewer ({KEEP})"
         )
-    planned = f", {-(-args.train_iters // args.save_interval):,} of them in this run" if _counts(args) else ""
-    return f"{size / 1e9:.3g} GB a checkpoint{planned}; room for {free // size:,}"
+    return f"{size / 1e9:.3g} GB a checkpoint; room for {free // size:,}, needed for {count:,} more ({why})"
 
 
-def _counts(args: Namespace) -> bool:
-    return bool(args.train_iters and args.save_interval)
+def to_come(args: Namespace) -> tuple[int, str]:
+    """How many checkpoints will be added to those that are there, at the most at a time, and of what that is counted.
+
+    The fewest of: all that the run will save; with ``--keep-last-checkpoints K``, K and the one that is being written;
+    with Megatron's ``--save-retain-interval``, what it keeps and two. Where nothing says, two.
+    """
+    saves, there = _saves(args), len(list(Path(args.save).glob("iter_*")))
+    kept, retained = args.keep_last_checkpoints, args.save_retain_interval
+    counts = [(saves, "all that this run will save")] if saves else []
+    if kept:
+        counts.append((max(1, kept + 1 - there), f"{KEEP} {kept} and one being written, {there} there"))
+    if retained and args.train_iters:
+        kept_on = f"every {retained} steps by --save-retain-interval, and two"
+        counts.append((args.train_iters // retained + 2, kept_on))
+    return min(counts, default=(2, "at least: by the clock, and none is removed"))
+
+
+def _saves(args: Namespace) -> int | None:
+    """Saves from the folder's latest checkpoint to the last step, one at least; None where their number is unknown."""
+    if not args.train_iters or not args.save_interval or args.save_interval_minutes:
+        return None
+    done = (tracked(Path(args.save)) or 0) // args.save_interval
+    return max(1, -(-args.train_iters // args.save_interval) - done)

@@ -20,12 +20,19 @@ cpu_backend.install_if_requested()
 
 
 def main(argv: list[str]) -> int:
-    """Trains as the command line says; returns 0.
+    """Trains as the command line says, or with ``--preflight-only`` runs the preflight's checks.
+
+    Returns:
+        0, or 2 where a check failed.
 
     Raises:
         UserError: a flag, file or combination that cannot work.
     """
     flags, cpu = arguments.peek(argv)
+    if "--preflight-only" in argv or flags.get("--preflight-only") is True:
+        from megatron_act import preflight  # imports Megatron itself, after its first checks
+
+        return preflight.main(argv)
     te.check_before_megatron(cpu)
     if cpu:
         cpu_backend.install()

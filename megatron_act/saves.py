@@ -1,7 +1,8 @@
 """When checkpoints are written, and what is said when one cannot be written.
 
 ``--save-interval-minutes`` saves by the clock, between or instead of Megatron's ``--save-interval``;
-``--keep-last-checkpoints`` removes what is old after each complete save (``keep_checkpoints``). A save that fails, as
+``--keep-last-checkpoints`` removes what is old after each complete save (``keep_checkpoints``), but not what
+``--export-best`` (``best_checkpoint``) is reading. A save that fails, as
 on a full disk, ends the run: the tracker still names the checkpoint before it, which the next start loads, and training
 on without saving would lose more than a stop.
 """
@@ -18,6 +19,7 @@ import torch
 from megatron.training import training as megatron_loop
 from torch.distributed.checkpoint import CheckpointException
 
+from megatron_act import best_checkpoint
 from megatron_act.keep_checkpoints import KEEP, remove, superseded, tracked
 
 MINUTES = "--save-interval-minutes"
@@ -31,7 +33,7 @@ def words_of(args: Namespace) -> list[str]:
 
 
 def conflict(args: Namespace) -> str | None:
-    """Why the two flags cannot be served: one sentence with what to change, or None."""
+    """Why the flags of saves cannot be served: one sentence with what to change, or None."""
     keep, minutes = args.keep_last_checkpoints, args.save_interval_minutes
     problems = (
         (keep is not None and keep < 1, f"{KEEP}: expected 1 or more, got {keep}: 2 leave one to fall back to"),
@@ -40,14 +42,14 @@ def conflict(args: Namespace) -> str | None:
         (minutes and not args.save, f"{MINUTES}: expected --save DIR with it, got none: add it"),
         (keep and args.save_retain_interval, f"{KEEP} and --save-retain-interval both remove checkpoints: choose one"),
     )
-    return next((message for present, message in problems if present), None)
+    return next((message for present, message in problems if present), None) or best_checkpoint.conflict(args)
 
 
 def install(args: Namespace) -> None:
     """Connects this module to Megatron's loop where there is a ``--save``."""
     if not args.save:
         return
-    saves = Saves(args)
+    saves = Saves(args, best_checkpoint.install(args))
     megatron_loop.save_checkpoint_and_time = saves.saving(megatron_loop.save_checkpoint_and_time)
     if args.save_interval_minutes:
         megatron_loop.checkpoint_and_decide_exit = saves.by_clock(megatron_loop.checkpoint_and_decide_exit)
@@ -58,12 +60,16 @@ class Saves:
 
     Args:
         args: Megatron's validated arguments.
+        best: told of each save, and asked what it still needs.
     """
 
-    def __init__(self, args: Namespace) -> None:
-        self.args = args
+    def __init__(self, args: Namespace, best: best_checkpoint.BestCheckpoint | None = None) -> None:
+        self.args, self.best = args, best
         self.folder = Path(args.save)
         self.last = time.monotonic()
+        self.removing = threading.Lock()
+        if best:
+            best.exports.after = self._remove_old
 
     def saving(self, original: Function) -> Function:
         """Megatron's save that says what a failure means, and then removes what is too old."""
@@ -74,11 +80,18 @@ class Saves:
             except (OSError, CheckpointException) as error:
                 raise RuntimeError(self._failure(iteration, error)) from error
             self.last = time.monotonic()
-            if self.args.keep_last_checkpoints and self.args.rank == 0:
-                old = superseded(self.folder, self.args.keep_last_checkpoints)
-                threading.Thread(target=remove, args=(old,)).start()
+            if self.best and not kwargs.get("non_persistent_ckpt"):
+                self.best.after_save(iteration)
+            if self.args.rank == 0:
+                threading.Thread(target=self._remove_old).start()
 
         return save
+
+    def _remove_old(self) -> None:
+        """Called again when an export has ended, which needed one."""
+        with self.removing:
+            keep, needed = self.args.keep_last_checkpoints, self.best.exports.busy() if self.best else set()
+            remove([path for path in superseded(self.folder, keep) if path not in needed] if keep else [])
 
     def _failure(self, iteration: int, error: BaseException) -> str:
         latest = tracked(self.folder)
@@ -95,7 +108,7 @@ class Saves:
         def decide(model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> bool:
             if original(model, optimizer, scheduler, iteration, *rest):
                 return True
-            if self._due():
+            if iteration < self.args.train_iters and self._due():  # after the last step Megatron saves once more
                 flops, context, iterator = rest
                 state = (model, optimizer, scheduler, flops, context)
                 megatron_loop.save_checkpoint_and_time(iteration, *state, train_data_iterator=iterator)

@@ -15,6 +15,7 @@ Seconds are those of Megatron's ``interval-time``, which stands still during eva
 
 import re
 from argparse import Namespace
+from collections import deque
 from dataclasses import dataclass
 
 FLAG = "--peak-tflops"
@@ -104,6 +105,27 @@ class Meter:
         return done
 
 
+class TimeLeft:
+    """Time that the steps to come will take at the mean pace of the last ``RECENT`` laps.
+
+    The laps are those of a `Meter`; its first one, a run's first step, which compiles and connects, must not be added.
+    """
+
+    RECENT = 50
+
+    def __init__(self) -> None:
+        self.laps: deque[tuple[int, float]] = deque(maxlen=self.RECENT)
+
+    def add(self, steps: int, step_seconds: float) -> None:
+        """Adds a lap of ``steps`` steps that took ``step_seconds`` each."""
+        self.laps.append((steps, steps * step_seconds))
+
+    def seconds(self, steps: int) -> float | None:
+        """Seconds that ``steps`` more steps will take, None while no pace is known."""
+        done = sum(steps for steps, _ in self.laps)
+        return steps * sum(seconds for _, seconds in self.laps) / done if done else None
+
+
 def peak_of(args: Namespace, gpu: str | None) -> Peak:
     """The peak of a run's GPUs in the run's precision.
 
@@ -130,9 +152,5 @@ def conflict(args: Namespace) -> str | None:
     problems = (
         (not args.peak_tflops > 0, f"expected dense TFLOP/s of one GPU above 0, got {args.peak_tflops:g}: correct it"),
         (args.fp8 or args.fp4, "expected bf16, fp16 or fp32, got FP8 or FP4, which mixes matmuls of several peaks"),
-        (
-            not (args.metrics_jsonl or args.tensorboard_dir),
-            "expected a place for MFU, got none: add --metrics-jsonl FILE or --tensorboard-dir DIR",
-        ),
     )
     return next((f"{FLAG}: {message}" for present, message in problems if present), None)

@@ -26,7 +26,8 @@ XIELU = (
 ARMS = {
     "apertus": f"{XIELU} {TP2}",
     "qwen3": f"--swiglu --qk-layernorm --ffn-hidden-size 96 {GROUPS} {TP2}",  # tied embeddings
-    "llama": f"--swiglu --ffn-hidden-size 96 --use-rope-scaling --rotary-base 20000 {UNTIED} {PP2}",
+    "llama": "--swiglu --ffn-hidden-size 96 --use-rope-scaling --rope-scaling-factor 32 --rotary-base 20000 "
+    f"{UNTIED} {PP2}",
     "arcee": f"--activation relu2 --ffn-hidden-size 96 --kv-channels 24 {GROUPS} {UNTIED} {PP2}",
     "crrelu": f"--activation crrelu --qk-layernorm --ffn-hidden-size 96 --kv-channels 24 {GROUPS} {TP2}",
     "experts": f"--activation xielu {EXPERTS} {UNTIED} {EP2} --moe-token-dispatcher-type alltoall",

@@ -1,5 +1,6 @@
 """What the conversion's tests share: random Hugging Face models, data whose loss is known, mistakes of converters."""
 
+import copy
 import json
 import shutil
 import struct
@@ -25,6 +26,7 @@ LENGTH, LAYERS = 64, 2
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 BOUNDS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, **BOUNDS, "rope_theta": 2e4}
+LLAMA32 = LLAMA3 | {"factor": 32.0, "rope_theta": 5e5}  # as in Llama-3.2
 SIZES = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -184,6 +186,13 @@ def _plain_rope(model: Any) -> None:
     rope.inv_freq = rope.original_inv_freq = config.rope_parameters["rope_theta"] ** -exponents
 
 
+def _factor_of_8(model: Any) -> None:
+    """Rotary frequencies of the one llama3 factor that megatron-core passes on."""
+    config = copy.deepcopy(model.config)
+    config.rope_parameters["factor"] = 8.0
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+
+
 def _other_head_dim(model: Any) -> None:
     """Attention scores scaled as if a head had hidden size / heads features."""
     for layer in model.model.layers:
@@ -203,6 +212,7 @@ MISTAKES: dict[str, Callable[[Any], None]] = {
     "tied": _tied,
     "untied": _untied,
     "plain rope": _plain_rope,
+    "factor of 8": _factor_of_8,
     "other head dim": _other_head_dim,
     "no QK-norm": _no_qk_norm,
 }

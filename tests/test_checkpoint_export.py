@@ -97,7 +97,7 @@ def test_logits_equal_megatrons(verified: dict[str, Verified], exported: dict[st
 CORNERS = {
     "apertus": ("heads in other groups", "other head dim", "no QK-norm", "tied"),
     "qwen3": ("up for gate", "untied", "no QK-norm"),
-    "llama": ("up for gate", "plain rope", "tied", "rope of pairs", "keys for values", "default eps"),
+    "llama": ("up for gate", "plain rope", "factor of 8", "tied", "rope of pairs", "keys for values", "default eps"),
     "arcee": ("other head dim", "heads in other groups"),
     "crrelu": ("no QK-norm", "untied", "rope of pairs"),
     "experts": ("keys for values", "default eps"),

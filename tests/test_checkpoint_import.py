@@ -15,9 +15,9 @@ import torch
 import yaml
 from checkpoint_args import common_states
 from checkpoint_support import (
-    BOUNDS,
     GENERAL,
     LLAMA3,
+    LLAMA32,
     MISTAKES,
     Continued,
     altered,
@@ -54,7 +54,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], tuple[str, ...], tuple[str, ...]]] 
         TP2,
         ("plain rope", "tied", "other head dim", "no QK-norm"),
     ),
-    "llama": ("llama", {"rope_parameters": LLAMA3}, PP2, ("plain rope", "tied", "up for gate")),
+    "llama": (
+        "llama",
+        {"rope_parameters": LLAMA32, "head_dim": 16},
+        PP2,
+        ("plain rope", "factor of 8", "tied", "up for gate", "other head dim"),
+    ),
     "qwen3": (
         "qwen3",
         {"head_dim": 12, "tie_word_embeddings": True},
@@ -143,11 +148,14 @@ def test_there_and_back_changes_no_bit(models: dict[str, Path], imported: dict[s
 def test_flags_are_megatrons(imported: dict[str, Imported]) -> None:
     flags = {name: yaml.safe_load(done.flags.read_text())["MODEL_ARGS"] for name, done in imported.items()}
     assert flags["apertus"]["--kv-channels"] == 12 and flags["apertus"]["--use-rope-scaling"]
+    assert (flags["apertus"]["--rope-scaling-factor"], flags["llama"]["--rope-scaling-factor"]) == (8.0, 32.0)
+    assert flags["crrelu"]["--rotary-seq-len-interpolation-factor"] == 4
     assert flags["llama"]["--swiglu"] and flags["llama"]["--norm-epsilon"] == 1e-3
     assert "--untie-embeddings-and-output-weights" not in flags["qwen3"] and flags["qwen3"]["--qk-layernorm"]
     assert (flags["arcee"]["--padded-vocab-size"], flags["arcee"]["--vocab-size"]) == (128, 127)
     assert (flags["experts"]["--num-experts"], flags["experts"]["--moe-ffn-hidden-size"]) == (4, 24)
     saved = MegatronCheckpoint(imported["arcee"].save).args  # what Megatron's own parser made of them
+    assert MegatronCheckpoint(imported["llama"].save).args.rope_scaling_factor == 32.0
     assert (saved.padded_vocab_size, saved.activation, saved.layernorm_epsilon) == (128, "relu2", 1e-3)
 
 
@@ -274,11 +282,24 @@ def test_vocabulary_padding(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_models_that_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
-    wide = {"rope_type": "llama3", "factor": 32.0, **BOUNDS, "rope_theta": 5e5}
+    bounds = {"low_freq_factor": 2.0, "high_freq_factor": 8.0, "original_max_position_embeddings": 4096}
+    kinds = {
+        "yarn": {"factor": 4.0},
+        "dynamic": {"factor": 4.0},
+        "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32},
+    }
+    scalings = [LLAMA32 | {name: value} for name, value in bounds.items()]
+    scalings += [{"rope_type": kind, "rope_theta": 1e4, **rest} for kind, rest in kinds.items()]
     cases: list[tuple[str, dict[str, Any], str]] = [
         ("llama", {"model_type": "gpt2"}, "expected model_type apertus, arcee, llama, qwen3, megatron_act, got 'gpt2'"),
         ("llama", {"attention_bias": True}, "expected linear layers without bias"),
-        ("llama", {"rope_parameters": wide}, "plain RoPE or llama3 scaling"),
+        *(("llama", {"rope_parameters": each}, "expected plain RoPE, linear scaling, or llama3") for each in scalings),
+        (
+            "llama",
+            {"rope_parameters": LINEAR | {"factor": 2.5}},
+            "whole number as factor of rotary embeddings, got 2.5",
+        ),
+        ("llama", {"rope_parameters": LLAMA3 | {"rope_theta": 1.5}}, "whole number as rope_theta"),
         ("llama", {"hidden_act": "gelu"}, "expected hidden_act 'silu'"),
         ("llama", {"intermediate_size": 64}, "as config.json has it"),
         ("llama", {"num_key_value_heads": 4}, "as config.json has it"),
@@ -296,16 +317,17 @@ def test_models_that_are_refused(models: dict[str, Path], tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_failure_leaves_nothing(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failure_leaves_no_output(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_act.checkpoint.import_hf.common_state", lambda words: b"")
 
     def fails(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("megatron_act.checkpoint.import_hf.config_files.write", fails)
-    with pytest.raises(OSError, match="no space"):
-        import_model(models["llama"], tmp_path / "out", progress=False)
-    assert list(tmp_path.iterdir()) == []
+    for place, left in (("torch_dist.write_file", []), ("import_hf.config_files.write", [".out.partial"])):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+            patch.setattr(f"megatron_act.checkpoint.{place}", fails)
+            import_model(models["llama"], tmp_path / "out", progress=False)
+        assert [path.name for path in tmp_path.iterdir()] == left  # finished weights can be used again
 
 
 PEAK = """

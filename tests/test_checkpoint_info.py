@@ -12,6 +12,7 @@ from checkpoint_scale import SMALL, random_checkpoint
 from safetensors.torch import load_file, save_file
 
 from megatron_act.checkpoint.export import export
+from megatron_act.checkpoint.hf_config import AUTO_MAP
 from megatron_act.checkpoint.info import describe, text
 from megatron_act.checkpoint.info_openers import openers
 from megatron_act.checkpoint.reader import MegatronCheckpoint
@@ -107,10 +108,10 @@ def test_our_own_modelling_file_needs_no_constants(base: Path, tmp_path: Path) -
 
 
 CONFIGS = [
-    ("ApertusForCausalLM", "xielu", "yes; scalars take the dtype", "yes; it computes xielu in bfloat16"),
+    ("ApertusForCausalLM", "xielu", "yes; scalars take the dtype", "yes, but it rounds xielu's scalars to bfloat16"),
     ("ApertusForCausalLM", "relu2", "yes", "no: its ApertusForCausalLM raises unless hidden_act is xielu"),
     ("ArceeForCausalLM", "relu2", "yes", "yes"),
-    ("ArceeForCausalLM", "xielu", "yes, but ArceeForCausalLM rounds xielu's scalars to bfloat16", "no: its Arcee"),
+    ("ArceeForCausalLM", "xielu", "yes, but ArceeForCausalLM rounds xielu's scalars to bfloat16", "yes, but it rounds"),
     ("LlamaForCausalLM", "silu", "yes", "yes"),
     ("Qwen3ForCausalLM", "silu", "yes", "yes"),
     ("OtherForCausalLM", "xielu", "unknown", "no: it has no OtherForCausalLM"),
@@ -125,8 +126,11 @@ def test_who_opens_it(architecture: str, activation: str, transformers: str, vll
 
 
 def test_own_modelling_file_needs_trust() -> None:
-    answers = openers({"architectures": ["MegatronActForCausalLM"], "auto_map": {"AutoModel": "x"}})
-    assert "trust_remote_code=True" in answers["transformers"] and answers["vllm"].startswith("no")
+    config = {"architectures": ["MegatronActForCausalLM"], "auto_map": AUTO_MAP}
+    assert all("yes, with trust_remote_code=True" in answer for answer in openers(config).values())
+    assert openers(config | {"num_experts": 4})["vllm"].startswith("no: its Transformers backend replaces experts")
+    older = config | {"auto_map": {"AutoModelForCausalLM": "x"}}
+    assert openers(older)["vllm"].startswith("no: it has no MegatronActForCausalLM")
 
 
 def part(name: str, rows: tuple[int, ...], row: tuple[int, ...], values: torch.Tensor) -> Part:

@@ -52,7 +52,7 @@ def with_code(folder: Path) -> Path:
 
 PROGRAM = """
 import sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 options = {"trust_remote_code": True, "output_loading_info": True}
 for folder in sys.argv[1:]:
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
@@ -66,6 +66,10 @@ for folder in sys.argv[1:]:
     with torch.no_grad():
         cached = model.generate(tokens, use_cache=True, **options_)
         assert torch.equal(cached, model.generate(tokens, use_cache=False, **options_))
+    decoder, info = AutoModel.from_pretrained(folder, dtype=torch.float32, **options)  # what serving programs build on
+    assert {key: names for key, names in info.items() if names} == {"unexpected_keys": {"lm_head.weight"}}, info
+    states = decoder(tokens).last_hidden_state
+    assert torch.equal(model.lm_head(states), model(tokens).logits)
     torch.save({"logits": model(tokens).logits.detach(), "scalars": scalars, "cached": cached}, folder + "/answer")
 assert not [name for name in sys.modules if name.split(".")[0] in ("megatron_act", "megatron")]
 """

@@ -159,6 +159,17 @@ def test_the_checkpoints_identity_follows_its_files(scaled: Path) -> None:
     assert MegatronCheckpoint(scaled / "checkpoint").identity != before
 
 
+def test_nothing_but_finished_weights_is_kept(stopped: Path, whole: dict[str, bytes]) -> None:
+    """Such as the tokenizer that another command wanted, or a half-written record."""
+    for name in ("tokenizer.json", ".finished.json.new", "model-00009-of-00009.safetensors"):
+        (unfinished(stopped) / name).write_text("{}")
+    (unfinished(stopped) / "folder").mkdir()
+    (unfinished(stopped) / "folder" / "file").touch()
+    again = Tensors()
+    convert(stopped, again)
+    assert again.read == ["t4", "t5"] and content(stopped) == whole
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -131,11 +131,21 @@ def test_rope() -> None:
     assert hf_config.rope_parameters(Namespace(rotary_base=5e5)) == {"rope_type": "default", "rope_theta": 5e5}
     linear = hf_config.rope_parameters(Namespace(rotary_base=1e4, rotary_seq_len_interpolation_factor=4))
     assert linear == {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
-    scaled = hf_config.rope_parameters(Namespace(rotary_base=1e4, use_rope_scaling=True, rope_scaling_factor=8.0))
-    assert (scaled["rope_type"], scaled["factor"], scaled["original_max_position_embeddings"]) == ("llama3", 8.0, 8192)
-    for changes in ({"rotary_seq_len_interpolation_factor": 4}, {"rope_scaling_factor": 32.0}):
-        with pytest.raises(UserError, match="scaling"):
-            hf_config.rope_parameters(Namespace(rotary_base=1e4, use_rope_scaling=True, **changes))
+    for factor in (8.0, 32.0, 1.5):
+        llama3 = {"rotary_base": 5e5, "use_rope_scaling": True, "rope_scaling_factor": factor, "activation": None}
+        wanted = {"rope_type": "llama3", "factor": factor, "rope_theta": 5e5, "low_freq_factor": 1.0}
+        wanted |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+        assert hf_config.rope_parameters(Namespace(**llama3)) == wanted
+    with pytest.raises(UserError, match="expected one rotary scaling, got"):
+        hf_config.rope_parameters(Namespace(**llama3, rotary_seq_len_interpolation_factor=4))
+
+
+def test_rope_factor_of_megatrons_own_entry_point() -> None:
+    """It takes the flag and trains with 8, so that any other number in its checkpoints is not the model's."""
+    theirs = {"rotary_base": 1e4, "use_rope_scaling": True}
+    assert hf_config.rope_parameters(Namespace(**theirs, rope_scaling_factor=8.0))["factor"] == 8.0
+    with pytest.raises(UserError, match=r"--rope-scaling-factor 8 of Megatron-LM's own entry point, got 32: .*drops"):
+        hf_config.rope_parameters(Namespace(**theirs, rope_scaling_factor=32.0))
 
 
 def test_config_names_everything_that_a_default_could_change() -> None:
@@ -174,7 +184,7 @@ def test_config_of_experts() -> None:
         "activation_per_expert": True,
     }
     assert {key: config[key] for key in wanted} == wanted
-    assert set(config["auto_map"]) == {"AutoConfig", "AutoModelForCausalLM"}
+    assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
 
 def test_picks_of_fused_tensors() -> None:

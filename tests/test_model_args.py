@@ -101,7 +101,7 @@ def test_bad_configs_are_refused(tmp_path, text, message):
 
 @pytest.mark.parametrize("scaling", [{"type": "yarn", "factor": 4.0}, {"rope_type": "llama3", "factor": 32.0}])
 def test_rotary_scaling_that_megatron_lacks_is_refused(tmp_path, scaling):
-    with pytest.raises(UserError, match=r"expected plain RoPE or llama3 scaling .* got .*'factor'"):
+    with pytest.raises(UserError, match=r"expected plain RoPE, linear scaling, or llama3 .* got .*'factor'"):
         hf_flags(tmp_path, rope_scaling=scaling)
 
 
@@ -118,6 +118,11 @@ def test_hf_flags_say_more_than_sizes(tmp_path):
     newer = hf_flags(tmp_path, rms_norm_eps=1e-6, rope_parameters={"rope_theta": 500000.0, **llama3})
     assert older == newer
     assert (older["--norm-epsilon"], older["--rotary-base"], older["--use-rope-scaling"]) == (1e-6, 500000, True)
+    assert older["--rope-scaling-factor"] == 8.0
+    wider = hf_flags(tmp_path, rope_theta=500000.0, rope_scaling=llama3 | {"factor": 32.0})
+    assert wider["--rope-scaling-factor"] == 32.0
+    linear = hf_flags(tmp_path, rope_theta=10000.0, rope_scaling={"type": "linear", "factor": 4.0})
+    assert (linear["--rotary-seq-len-interpolation-factor"], "--use-rope-scaling" in linear) == (4, False)
     plain = hf_flags(tmp_path, rope_theta=10000.0, rope_scaling=None)
     assert (plain["--rotary-base"], "--use-rope-scaling" in plain) == (10000, False)
 

@@ -113,12 +113,44 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
         preflight_storage.writable(tmp_path / "file" / "checkpoints")
 
 
-def test_room_for_checkpoints(tmp_path: Path) -> None:
-    args = Namespace(save=str(tmp_path / "x"), train_iters=2500, save_interval=1000)
-    wanted = "14 GB a checkpoint, 3 of them in this run; room for 2"
-    assert preflight_storage.room(args, 10**9, free=30 * 10**9) == wanted
-    with pytest.raises(UserError, match=r"expected 28\.0 GB free in .* for two checkpoints, got 27\.0 GB"):
-        preflight_storage.room(args, 10**9, free=27 * 10**9)
+GB = 10**9  # parameters of 14 bytes: 14 GB a checkpoint
+
+
+def saving(folder: Path, **changes: object) -> Namespace:
+    """2,500 steps, a checkpoint every 1,000: three of them."""
+    names = ("keep_last_checkpoints", "save_retain_interval", "save_interval_minutes")
+    plan = {"save": str(folder), "train_iters": 2500, "save_interval": 1000}
+    return Namespace(**{**dict.fromkeys(names), **plan, **changes})
+
+
+def test_room_for_all_checkpoints_where_none_is_removed(tmp_path: Path) -> None:
+    wanted = "14 GB a checkpoint; room for 3, needed for 3 more (all that this run will save)"
+    assert preflight_storage.room(saving(tmp_path / "x"), GB, free=42 * GB) == wanted
+    with pytest.raises(UserError, match=r"expected 42\.0 GB free in .* for 3 more \(all .*\), got 41\.0 GB: free some"):
+        preflight_storage.room(saving(tmp_path / "x"), GB, free=41 * GB)
+
+
+@pytest.mark.parametrize(
+    ("changes", "there", "count"),
+    [
+        ({"train_iters": 10_000}, (), 10),
+        ({"train_iters": 10_000}, (3000, 4000), 6),  # from 4,000 on
+        ({"train_iters": 10_000}, (10_000,), 1),
+        ({"train_iters": 10_000, "keep_last_checkpoints": 2}, (), 3),
+        ({"train_iters": 10_000, "keep_last_checkpoints": 2}, (3000, 4000), 1),
+        ({"train_iters": 10_000, "keep_last_checkpoints": 2}, (1000, 2000, 3000, 4000), 1),
+        ({"train_iters": 10_000, "keep_last_checkpoints": 20}, (), 10),
+        ({"train_iters": 10_000, "save_retain_interval": 4000}, (), 4),
+        ({"save_interval": 10**9, "save_interval_minutes": 30.0}, (), 2),
+        ({"save_interval": 10**9, "save_interval_minutes": 30.0, "keep_last_checkpoints": 3}, (), 4),
+        ({"train_iters": None}, (), 2),
+    ],
+)
+def test_checkpoints_to_come(changes: dict, there: tuple[int, ...], count: int, tmp_path: Path) -> None:
+    for iteration in there:
+        (tmp_path / f"iter_{iteration:07d}").mkdir()
+        (tmp_path / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    assert preflight_storage.to_come(saving(tmp_path, **changes))[0] == count
 
 
 def test_two_ranks(tmp_path: Path) -> None:

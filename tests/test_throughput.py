@@ -5,14 +5,14 @@ from argparse import Namespace
 
 import pytest
 
-from megatron_act.throughput import Meter, Throughput, conflict, peak_of
+from megatron_act.throughput import Meter, Throughput, TimeLeft, conflict, peak_of
 
 BF16 = {"bf16": True, "fp16": False, "fp8": None, "fp4": None, "peak_tflops": None}
 H100 = "NVIDIA H100 80GB HBM3"
 
 
 def args(**changes: object) -> Namespace:
-    return Namespace(**{**BF16, "metrics_jsonl": "metrics.jsonl", "tensorboard_dir": None, **changes})
+    return Namespace(**{**BF16, **changes})
 
 
 def test_a_lap_by_hand():
@@ -41,6 +41,18 @@ def test_mfu_of_a_published_model_by_hand():
     expected = {"tokens_per_second_per_gpu": 50_000, "tflops_per_gpu": 300, "mfu": 300 / 989.4}
     found = dataclasses.asdict(pace)
     assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+
+
+def test_time_left_by_hand():
+    """Ten steps of 2 s and thirty of 4 s: 3.5 s a step, forgotten when fifty laps of 1 s have followed."""
+    left = TimeLeft()
+    assert left.seconds(100) is None
+    left.add(10, 2.0)
+    left.add(30, 4.0)
+    assert left.seconds(100) == 350.0
+    for _ in range(TimeLeft.RECENT):
+        left.add(10, 1.0)
+    assert left.seconds(100) == 100.0
 
 
 KNOWN = {
@@ -101,7 +113,6 @@ def test_fp16_has_the_peak_of_bf16():
         ({"peak_tflops": 0.0}, "above 0, got 0"),
         ({"peak_tflops": float("nan")}, "above 0, got nan"),
         ({"peak_tflops": 900.0, "fp8": "hybrid"}, "got FP8 or FP4"),
-        ({"peak_tflops": 900.0, "metrics_jsonl": None}, "--metrics-jsonl FILE or --tensorboard-dir DIR"),
     ],
 )
 def test_a_given_peak_that_cannot_be_used_is_refused(changes, part):

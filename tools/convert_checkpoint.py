@@ -82,7 +82,13 @@ def _add_import(commands: Any) -> None:
     text = "write a Hugging Face model folder as a Megatron checkpoint, and the flags that train it on"
     parser = _command(commands, "import", _import, text)
     parser.add_argument("--hf", required=True, metavar="DIR", help="folder with config.json and safetensors")
-    parser.add_argument("--save", required=True, metavar="CKPT", help="the folder to write: --load of the run to come")
+    parser.add_argument(
+        "--save",
+        required=True,
+        metavar="CKPT",
+        help="the folder to write, complete or not at all: --load of the run to come; the same command goes on with an "
+        "interrupted import",
+    )
     parser.add_argument(
         "--tensor-model-parallel-size", type=int, default=1, metavar="N", help="pad the vocabulary to a multiple of it"
     )

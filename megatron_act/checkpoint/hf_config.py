@@ -6,8 +6,9 @@ from typing import Any
 
 from megatron_act.checkpoint.families import Family
 from megatron_act.errors import UserError
+from megatron_act.hf_args import LLAMA3_BOUNDS
 
-ROPE_FACTOR = 8.0  # Megatron's GPTModelConfig default; gpt_config_from_args never passes the flag on
+STOCK_FACTOR = 8.0  # of GPTModelConfig; megatron-core 0.19's gpt_config_from_args never passes the flag on
 
 # Hugging Face's key: Megatron's argument
 SIZES = {
@@ -23,6 +24,7 @@ SIZES = {
 }
 AUTO_MAP = {
     "AutoConfig": "configuration_megatron_act.MegatronActConfig",
+    "AutoModel": "modeling_megatron_act.MegatronActModel",
     "AutoModelForCausalLM": "modeling_megatron_act.MegatronActForCausalLM",
 }
 
@@ -31,7 +33,7 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
     """transformers' ``rope_parameters``, always written: Apertus would assume llama3 scaling without them.
 
     Raises:
-        UserError: two kinds of scaling at once, or a scaling factor that Megatron did not train with.
+        UserError: two kinds of scaling at once, or a scaling factor that the run did not train with.
     """
     theta = {"rope_theta": float(args.rotary_base)}
     interpolation = getattr(args, "rotary_seq_len_interpolation_factor", None)
@@ -42,14 +44,17 @@ def rope_parameters(args: Namespace) -> dict[str, Any]:
         raise UserError(
             "export: expected one rotary scaling, got --use-rope-scaling and --rotary-seq-len-interpolation-factor"
         )
-    if getattr(args, "rope_scaling_factor", ROPE_FACTOR) != ROPE_FACTOR:
+    return {"rope_type": "llama3", "factor": _llama3_factor(args), **LLAMA3_BOUNDS, **theta}
+
+
+def _llama3_factor(args: Namespace) -> float:
+    factor = float(getattr(args, "rope_scaling_factor", STOCK_FACTOR))
+    if factor != STOCK_FACTOR and not hasattr(args, "activation"):  # our entry point's own argument
         raise UserError(
-            f"export: expected --rope-scaling-factor {ROPE_FACTOR:g}, got {args.rope_scaling_factor:g}: megatron-core "
-            f"0.19 drops that flag and trains with {ROPE_FACTOR:g}, so that the checkpoint does not say which is meant"
+            f"export: expected --rope-scaling-factor {STOCK_FACTOR:g} of Megatron-LM's own entry point, got "
+            f"{factor:g}: megatron-core 0.19 drops the flag there and trains with {STOCK_FACTOR:g}; train with ours"
         )
-    # the constants of Megatron's RotaryEmbedding
-    bounds = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    return {"rope_type": "llama3", "factor": ROPE_FACTOR, **bounds, **theta}
+    return factor
 
 
 def config(

@@ -122,7 +122,7 @@ def megatron_flags(source: Source, activation: str, padded: int, tokenizer: bool
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.json"
         file.write_text(json.dumps(_as_public(config)), encoding="utf-8")
-        flags = hf_args.from_hf(file) | _rope(config, file)
+        flags = hf_args.from_hf(file) | hf_args.rope_from_hf(file)
     flags.pop("--activation", None)
     if activation == "swiglu":
         flags["--swiglu"] = True
@@ -142,16 +142,6 @@ def _as_public(config: Mapping[str, Any]) -> dict[str, Any]:
     if config["model_type"] == families.OWN:
         return {**config, "model_type": "arcee", "hidden_act": config["activation"]}
     return dict(config)
-
-
-def _rope(config: Mapping[str, Any], file: Path) -> Flags:
-    rope = config.get("rope_parameters") or {}
-    if rope.get("rope_type") != "linear":
-        return hf_args.rope_from_hf(file)
-    factor = {"--rotary-seq-len-interpolation-factor": int(rope["factor"])}
-    if factor["--rotary-seq-len-interpolation-factor"] != rope["factor"]:
-        raise UserError(f"--hf: expected a whole factor of linear rotary scaling, got {rope['factor']}")
-    return {"--rotary-base": int(rope["rope_theta"]), **factor}
 
 
 def _experts(source: Source) -> Flags:

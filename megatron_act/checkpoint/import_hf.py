@@ -1,10 +1,12 @@
 """Imports a Hugging Face model folder as a Megatron checkpoint of any layout, tensor by tensor."""
 
+import hashlib
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_act import config_files, model_args
 from megatron_act.budget import padded_vocab_size
+from megatron_act.checkpoint import torch_dist
 from megatron_act.checkpoint.import_flags import megatron_flags, open_source
 from megatron_act.checkpoint.import_plan import Plan, Swapped
 from megatron_act.checkpoint.resume import whole_folder
@@ -52,7 +55,8 @@ def import_model(
 
     Args:
         hf: a folder with config.json and safetensors.
-        save: the folder to make; appears complete or not at all.
+        save: the folder to make; appears complete or not at all. After an interruption the same call keeps the files
+            that are finished (`resume`).
         tensor_parallel: tensor-parallel size of the run to come; the embedding's rows must be a multiple of it.
         divisible_by: Megatron's ``--make-vocab-size-divisible-by``, times which they are padded.
         dtype: ``float32`` or ``bfloat16`` for the weights (default: as stored). The activation's scalars are fp32.
@@ -72,8 +76,9 @@ def import_model(
     plan = Plan(source, folder, padded, DTYPES.get(dtype or ""), swapped)
     has_tokenizer = any((Path(hf) / marker).is_file() for marker in MARKERS)
     flags = megatron_flags(source, activation, padded, has_tokenizer)
-    common = common_state(model_args.to_words(flags))
-    with whole_folder(save) as place_:
+    words = model_args.to_words(flags)
+    common = common_state(words)
+    with whole_folder(save, _identity(folder, plan, words)) as place_:
         with tqdm(total=plan.size_bytes, unit="B", unit_scale=True, desc="import", disable=not progress) as bar:
             write_checkpoint(place_, plan.parts, common, plan.empty, bar.update)
         header = f"Trains {Path(hf).name} ({source.family.architecture}) on: --config {FLAGS_FILE} --load FOLDER"
@@ -81,6 +86,14 @@ def import_model(
     names = (source.family.architecture, activation)
     parameters = sum(torch.Size(part.shape).numel() for part in plan.parts)
     return Imported(save, save / FLAGS_FILE, *names, parameters, vocab_size, padded, plan.notes)
+
+
+def _identity(folder: SafetensorsFolder, plan: Plan, words: Sequence[str]) -> str:
+    """Of the source and of all that decides what is written: flags, Megatron's version, each chunk, fitted scalars."""
+    chunks = [(part.key, part.row, part.rows, part.shape, str(part.dtype)) for part in plan.parts]
+    scalars = plan.swapped and plan.swapped.raw
+    made = (folder.identity, words, version("megatron-core"), torch_dist.FILE_BYTES, chunks, scalars)
+    return hashlib.sha256(repr(made).encode()).hexdigest()
 
 
 def common_state(words: Sequence[str]) -> bytes:

@@ -1,19 +1,14 @@
 """Which programs open an exported model, from its ``config.json`` alone; each answer is ``yes...`` or ``no: why``.
 
-Sources: transformers' ``activations.py`` and ``models/*/modeling_*.py``, vLLM's ``model_executor/models/{apertus,arcee,
-llama,qwen2}.py``, whose MLPs raise for any other activation than their own.
+Sources: transformers' ``activations.py`` and ``models/*/modeling_*.py``; vLLM 0.32's ``model_executor/models``
+(``apertus.py`` raises for other activations than xielu; Arcee, and models that bring their code, go through
+``transformers/``), run on a CPU by ``tests/checkpoint_vllm.py``. Where it took a model, logits were transformers'.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# architecture: the only hidden_act that vLLM accepts in it
-STOCK = {
-    "ApertusForCausalLM": "xielu",
-    "ArceeForCausalLM": "relu2",
-    "LlamaForCausalLM": "silu",
-    "Qwen3ForCausalLM": "silu",
-}
+STOCK = ("ApertusForCausalLM", "ArceeForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM")
 KEEPS_SCALARS = "ApertusForCausalLM"  # passes the model's dtype to its activation; the others' is always bfloat16
 
 
@@ -22,10 +17,7 @@ def openers(config: Mapping[str, Any]) -> dict[str, str]:
     architecture = (config.get("architectures") or ["none"])[0]
     activation = config.get("hidden_act", "")
     if architecture not in STOCK:
-        return {
-            "transformers": _own(config),
-            "vllm": f"no: it has no {architecture} (its Transformers backend was not tried)",
-        }
+        return {"transformers": _own(config), "vllm": _own_in_vllm(config, architecture)}
     return {"transformers": _transformers(architecture, activation), "vllm": _vllm(architecture, activation)}
 
 
@@ -33,6 +25,14 @@ def _own(config: Mapping[str, Any]) -> str:
     if "auto_map" in config:
         return "yes, with trust_remote_code=True: the modelling file is in the folder"
     return f"unknown: model_type {config.get('model_type')!r} is not one that this project writes"
+
+
+def _own_in_vllm(config: Mapping[str, Any], architecture: str) -> str:
+    if "AutoModel" not in config.get("auto_map", {}):
+        return f"no: it has no {architecture}, and the folder no modelling file for its Transformers backend"
+    if config.get("num_experts"):
+        return "no: its Transformers backend replaces experts by its own, which have a gate and no scalars"
+    return "yes, with trust_remote_code=True: its Transformers backend runs the modelling file, scalars in float32"
 
 
 def _transformers(architecture: str, activation: str) -> str:
@@ -44,7 +44,8 @@ def _transformers(architecture: str, activation: str) -> str:
 
 
 def _vllm(architecture: str, activation: str) -> str:
-    only = STOCK[architecture]
-    if activation != only:
-        return f"no: its {architecture} raises unless hidden_act is {only}, this one is {activation}"
-    return "yes; it computes xielu in bfloat16" if activation == "xielu" else "yes"
+    if architecture == "ApertusForCausalLM" and activation != "xielu":
+        return f"no: its {architecture} raises unless hidden_act is xielu, this one is {activation}"
+    if activation != "xielu":
+        return "yes"
+    return "yes, but it rounds xielu's scalars to bfloat16: log-probabilities move by up to 4e-3"

@@ -65,6 +65,7 @@ def build_model(args: Namespace) -> Any:
 
     vars(args).update(PLAIN, params_dtype=torch.float32)
     config = gpt_config_from_args(args)
+    config.rope_scaling_factor = getattr(args, "rope_scaling_factor", config.rope_scaling_factor)  # it drops that flag
     if getattr(args, "activation", None):
         own = getattr(args, "activation_per_expert", False)
         config.transformer_layer_spec = layer_spec(args.activation, backend="reference", per_expert=own)

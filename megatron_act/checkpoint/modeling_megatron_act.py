@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM, Qwen3Model, Qwen3PreTrainedModel
 
 from .configuration_megatron_act import MegatronActConfig
 
@@ -168,15 +168,26 @@ class Experts(nn.Module):
         return result.reshape(x.shape)
 
 
-class MegatronActForCausalLM(Qwen3ForCausalLM):
-    """A causal language model of `MegatronActConfig`."""
+class Scalars(Qwen3PreTrainedModel):
+    """What all models of `MegatronActConfig` share: how scalars begin, and that they stay fp32."""
 
     config_class = MegatronActConfig
     _keep_in_fp32_modules_strict = ["act_fn"]  # noqa: RUF012
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, TrainableActivation):
+            for name, raw in module.initial.items():
+                nn.init.constant_(getattr(module, name), raw)
+
+
+class MegatronActModel(Scalars, Qwen3Model):
+    """The decoder without its language-model head."""
+
     def __init__(self, config: MegatronActConfig) -> None:
         super().__init__(config)
-        layers: Any = self.model.layers
+        layers: Any = self.layers
         for layer in layers:
             if config.num_experts:
                 layer.mlp = Experts(config)
@@ -187,9 +198,11 @@ class MegatronActForCausalLM(Qwen3ForCausalLM):
                 layer.self_attn.q_norm = layer.self_attn.k_norm = nn.Identity()
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, TrainableActivation):
-            for name, raw in module.initial.items():
-                nn.init.constant_(getattr(module, name), raw)
+
+class MegatronActForCausalLM(Scalars, Qwen3ForCausalLM):
+    """A causal language model of `MegatronActConfig`."""
+
+    def __init__(self, config: MegatronActConfig) -> None:
+        super().__init__(config)
+        self.model = MegatronActModel(config)
+        self.post_init()

@@ -5,7 +5,6 @@ ranks wrote them does not matter here. Layers that are alike share one tensor wi
 (``decoder.layers.mlp.linear_fc1.weight`` of shape (layers, ffn, hidden)), otherwise the layer is in the name.
 """
 
-import hashlib
 import io
 import json
 import pickle
@@ -29,6 +28,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_act.checkpoint.restricted import read_metadata
+from megatron_act.checkpoint.resume import identity_of
 from megatron_act.checkpoint.safe_pickle import load_plain
 from megatron_act.errors import UserError
 
@@ -64,7 +65,7 @@ class MegatronCheckpoint:
 
     def _read_metadata(self) -> Metadata:
         try:
-            return self._reader.read_metadata()
+            return read_metadata(self.path)
         except (OSError, EOFError, pickle.UnpicklingError, AttributeError) as error:
             raise UserError(
                 f"{self.path}: expected a complete checkpoint, got a broken .metadata file: {error}"
@@ -72,11 +73,9 @@ class MegatronCheckpoint:
 
     @property
     def identity(self) -> str:
-        """Changes when a file of the checkpoint does: a hash of names, sizes and times, and of the metadata's bytes."""
-        digest = hashlib.sha256((self.path / ".metadata").read_bytes())
-        for file in sorted(path for path in self.path.iterdir() if path.is_file()):
-            digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        """Changes when a file of the checkpoint does (`resume.identity_of`)."""
+        files = sorted(path for path in self.path.iterdir() if path.is_file())
+        return identity_of(files, (self.path / ".metadata").read_bytes())
 
     @cached_property
     def _common(self) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import megatron_act
 from megatron_act.errors import UserError
@@ -17,8 +17,18 @@ RECORD, LOCK = ".finished.json", ".lock"
 READ_BYTES = 1 << 24
 
 
+def identity_of(files: Iterable[Path], *more: bytes) -> str:
+    """Changes when a file does: a hash of names, sizes and times, and of ``more`` bytes."""
+    digest = hashlib.sha256()
+    for part in more:
+        digest.update(hashlib.sha256(part).digest())
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 class Finished:
-    """The finished files of an unfinished folder, by name: ``{"bytes", "sha256"}``.
+    """The finished files of an unfinished folder, by name: ``{"bytes", "sha256"}`` and what its writer adds.
 
     A file is recorded after its bytes reached the disk; until then it carries another name.
     """
@@ -34,9 +44,9 @@ class Finished:
             return False
         return _sha256(path) == recorded["sha256"]
 
-    def add(self, name: str, sha256: str) -> None:
+    def add(self, name: str, sha256: str, **more: Any) -> None:
         """Records a file that is on the disk under its name."""
-        self.files[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": sha256}
+        self.files[name] = {"bytes": (self.folder / name).stat().st_size, "sha256": sha256, **more}
         write_record(self.folder, _read_record(self.folder) | {"files": self.files})
 
 
@@ -124,20 +134,25 @@ def _take(lock: IO[str], output: Path) -> None:
 
 
 def _start(partial: Path, identity: str) -> None:
-    """Empties the folder unless what is in it was made from the same input by the same version."""
-    wanted = f"{megatron_act.__version__} {identity}"
-    if not identity or _read_record(partial).get("identity") != wanted:
-        for path in partial.iterdir():
-            if path.name != LOCK:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        write_record(partial, {"identity": wanted, "files": {}})
+    """Leaves only finished files in the folder, and none unless the same version made them from the same input."""
+    wanted, record = f"{megatron_act.__version__} {identity}", _read_record(partial)
+    files = record.get("files", {}) if identity and record.get("identity") == wanted else {}
+    kept = {LOCK, *files}
+    for path in sorted(partial.rglob("*"), reverse=True):  # what is in a folder before the folder
+        if path.is_dir() and not path.is_symlink():
+            with contextlib.suppress(OSError):  # not empty
+                path.rmdir()
+        elif str(path.relative_to(partial)) not in kept:
+            path.unlink()
+    write_record(partial, {"identity": wanted, "files": files})
 
 
 def _publish(partial: Path, output: Path) -> None:
-    for name in (RECORD, LOCK):
-        (partial / name).unlink()
-    for path in (*partial.rglob("*"), partial):
+    for path in partial.rglob("*"):
         fsync(path)
+    for name in (RECORD, LOCK):  # late: without the record all would be done again
+        (partial / name).unlink()
+    fsync(partial)
     old = _replaced(output)
     shutil.rmtree(old, ignore_errors=True)
     if output.exists():

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_act.checkpoint.resume import identity_of
 from megatron_act.checkpoint.writer import INDEX, SINGLE
 from megatron_act.errors import UserError
 
@@ -37,6 +38,12 @@ class SafetensorsFolder:
         self.tensors: dict[str, StoredTensor] = {}
         for file in self._files():
             self.tensors.update(_header(file))
+
+    @property
+    def identity(self) -> str:
+        """Changes when the config or a file with tensors does (`resume.identity_of`)."""
+        files = sorted({stored.file for stored in self.tensors.values()})
+        return identity_of(files, (self.folder / "config.json").read_bytes())
 
     def _files(self) -> list[Path]:
         single, index = self.folder / SINGLE, self.folder / INDEX

@@ -4,8 +4,9 @@ Every platform runs the same script on every node (`node`), with the same torchr
 learns its number and the first node's address, and in what they are told about queues, images and volumes (`slurm`,
 `kubernetes`, `skypilot`; `local` starts the script itself).
 
-Trust boundary: torchrun's rendezvous and the process groups authenticate nobody. Whoever reaches the rendezvous port,
-or the ports that the ranks open, can join the job and read or change what they exchange. Keep them inside the
-cluster's private network; on Kubernetes a NetworkPolicy does it. The scripts carry the config and all flags in clear
-text: secrets belong into the platform's own store, not under ``env``.
+Trust boundary: torchrun's rendezvous and the process groups authenticate nobody, and both unpickle what they receive.
+Whoever reaches the rendezvous port, or the ports that the ranks open, can join the job, read and change what it
+exchanges, and run code on its nodes. Keep them inside the cluster's private network; on Kubernetes a NetworkPolicy does
+it. The scripts carry the config and all flags in clear text: secrets belong into the platform's own store, not under
+``env``.
 """

@@ -9,9 +9,11 @@ It is the same on every platform but for the lines that say where a node is. Eac
     RDZV_ID      the same on all nodes, another one after a restart of the job
     PREEMPTED    exit code after a preemption: 0, or what makes the platform start the job again
 
-Signals: the notice (SIGUSR1 from Slurm, SIGTERM from Kubernetes) goes to the ranks, as SIGTERM, and not to torchrun,
-which would kill them after 30 s and fail. With Megatron's --exit-signal-handler all ranks save after the current step
-and exit with 0. A file beside the checkpoints tells the nodes that got no notice why the run ended.
+torchrun is `interruption_torchrun`: each start of the ranks has a store of its own, without which a restart hangs.
+
+Signals: the notice (SIGUSR1 from Slurm, SIGTERM from Kubernetes) goes to the ranks, as SIGTERM. With Megatron's
+--exit-signal-handler all ranks save after the current step and exit with 0. A file beside the checkpoints tells the
+nodes that got no notice why the run ended.
 """
 
 import shlex
@@ -19,10 +21,8 @@ import shlex
 from megatron_act.launch import environment
 from megatron_act.launch.job import PREFLIGHT, TRAIN, Job
 
-RENDEZVOUS_SECONDS = 900  # nodes boot, pull images and pass the preflight at different times
-
 _SIGNALS = r"""
-# The notice of a preemption: the ranks save and end; torchrun itself would kill them after 30 s and fail.
+# The notice of a preemption: the ranks save and end.
 forward() {
   noticed=1
   echo "node $NODE_RANK: notice received, the ranks save and end" >&2
@@ -48,13 +48,20 @@ _WAIT = r"""
   return "$code"
 }
 """
+_JOINING = r"""
+# A node that takes another one's place while the others train joins them: a preflight would wait for all nodes.
+if [[ "$NODE_RANK" != 0 ]] && timeout 5 bash -c ": >/dev/tcp/$RDZV_HOST/$RDZV_PORT" 2>/dev/null; then
+  echo "node $NODE_RANK: the others train already, no preflight" >&2
+else
+"""
 
 
 def torchrun(job: Job) -> list[str]:
     """The torchrun line, one option a line: the same text on every node and platform."""
-    rendezvous = f"is_host=$((NODE_RANK == 0)),join_timeout={RENDEZVOUS_SECONDS},read_timeout={RENDEZVOUS_SECONDS}"
+    seconds = job.settings.rendezvous_seconds
+    rendezvous = f"is_host=$((NODE_RANK == 0)),join_timeout={seconds},read_timeout={seconds}"
     return [
-        '"$PYTHON" -m torch.distributed.run',
+        '"$PYTHON" -m megatron_act.interruption_torchrun',
         f"--nnodes {job.nodes}",
         f"--nproc-per-node {job.gpus_per_node}",
         '--max-restarts "$restarts"',
@@ -129,11 +136,18 @@ def script(job: Job, place: list[str], workdir: str = "") -> str:
 
 
 def _steps(job: Job) -> list[str]:
-    lines = []
-    if job.preflight:
-        bandwidth = f" --min-bus-gbps {job.settings.min_bus_gbps}" if job.settings.min_bus_gbps else ""
-        lines.append(f'ranks {PREFLIGHT} "$((RDZV_PORT + 1))" 0{bandwidth} || {{')
-        lines += ['  echo "preflight: node $NODE_RANK stops; rank 0 names each failed check" >&2', "  exit 2", "}"]
-    if job.train:
-        lines.append(f'ranks {TRAIN} "$RDZV_PORT" {job.settings.max_restarts}')
-    return [*lines, 'if [[ -e "$mark" ]]; then exit "$PREEMPTED"; fi']
+    preflight = _preflight(job) if job.preflight else []
+    if job.preflight and job.train and job.nodes > 1:
+        preflight = [_JOINING.strip(), *(f"  {line}" for line in preflight), "fi"]
+    train = [f'ranks {TRAIN} "$RDZV_PORT" {job.settings.max_restarts}'] if job.train else []
+    return [*preflight, *train, 'if [[ -e "$mark" ]]; then exit "$PREEMPTED"; fi']
+
+
+def _preflight(job: Job) -> list[str]:
+    bandwidth = f" --min-bus-gbps {job.settings.min_bus_gbps}" if job.settings.min_bus_gbps else ""
+    return [
+        f'ranks {PREFLIGHT} "$((RDZV_PORT + 1))" 0{bandwidth} || {{',
+        '  echo "preflight: node $NODE_RANK stops; rank 0 names each failed check" >&2',
+        "  exit 2",
+        "}",
+    ]

@@ -35,6 +35,8 @@ class Settings:
         max_restarts: how often torchrun starts all ranks again after a failure.
         grace_seconds: between the notice of a preemption or of the time limit and the kill.
         port: of the rendezvous; the next one serves the preflight.
+        rendezvous_seconds: how long nodes wait for each other, at the start (they boot and pull images at different
+            times) and after one has failed (its replacement).
         min_bus_gbps: all-reduce bandwidth in GB/s below which the preflight fails; 0: it only reports.
         image: container image; for Slurm with ``runtime`` pyxis or apptainer.
         mounts: folders that the container sees, PATH or PATH:PATH (Slurm).
@@ -64,6 +66,7 @@ class Settings:
     max_restarts: int = 3
     grace_seconds: int = 300
     port: int = 29400
+    rendezvous_seconds: int = 900
     min_bus_gbps: int = 0
     image: str = ""
     runtime: str = ""
@@ -87,6 +90,7 @@ class Settings:
         for item in dataclasses.fields(self):
             _check_type(item.name, getattr(self, item.name), default_of(item))
         lowest = {"save_interval": 1, "max_restarts": 0, "grace_seconds": 10, "port": 1024, "cpus_per_gpu": 1}
+        lowest["rendezvous_seconds"] = 1
         for name, minimum in lowest.items():
             if getattr(self, name) < minimum:
                 raise _error(name, f"an integer of at least {minimum}", getattr(self, name))

@@ -3,10 +3,11 @@
 import argparse
 import re
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_support import MODEL_FLAGS, Run, Train, torchrun
+from training_support import MODEL_FLAGS, SAVE, Run, Train, torchrun
 
 from megatron_act import arguments
 from megatron_act.cpu_backend import FLAGS
@@ -87,7 +88,39 @@ def test_throughput_is_in_tensorboard_and_its_peak_in_the_log(configured: tuple[
         written = [event.value for event in events.Scalars(f"throughput/{name}")]
         assert written == pytest.approx([step[name] for step in run.steps], rel=1e-6)
     assert run.records[0]["peak_tflops"] == 0.002
-    assert lines_with("MFU", run.log) == ["> megatron-act: MFU of 0.002 TFLOP/s per GPU (--peak-tflops)"]
+    assert lines_with("MFU of", run.log) == ["> megatron-act: MFU of 0.002 TFLOP/s per GPU (--peak-tflops)"]
+
+
+@pytest.mark.distributed
+def test_a_preflight_by_the_entry_point_trains_nothing(forked_train: Train) -> None:
+    flags = ["--activation", "xielu", "--train-iters", "4", "--preflight-only"]
+    passed = forked_train(*flags, "--save-interval", "2", "--tensor-model-parallel-size", "2", ranks=2)
+    assert (passed.code, passed.records, passed.checkpoint.exists()) == (0, [], False), passed.log[-3000:]
+    assert re.search(r"preflight: \d\d checks passed, 0 failed", passed.log)
+    assert "room for" in passed.log and "needed for 2 more (all that this run will save)" in passed.log
+    wrong = forked_train(*flags, "--num-attention-heads", "3")
+    assert (wrong.code, wrong.records) == (2, [])
+    assert "failed: --hidden-size by --num-attention-heads: expected a multiple of 3, got 32" in wrong.log
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("flags", "code", "saved"), [([], 0, ["1"]), (["--no-exit-signal-handler"], -SIGTERM, [])])
+def test_sigterm_saves_unless_that_is_turned_off(
+    flags: list[str], code: int, saved: list[str], forked_train: Train
+) -> None:
+    fault = ["fault", {"kind": "signal", "iteration": 1, "rank": 0, "number": SIGTERM}]
+    run = forked_train("--activation", "xielu", "--train-iters", "3", *SAVE, *flags, prepare=fault)
+    assert run.code == code
+    assert [path.read_text() for path in run.checkpoint.glob("latest*")] == saved
+    assert len(lines_with("> megatron-act: exiting program after receiving SIGTERM", run.log)) == len(saved)
+
+
+@pytest.mark.distributed
+def test_saves_by_the_clock_save_each_step_once(forked_train: Train) -> None:
+    """The last step too, after which Megatron saves itself."""
+    run = forked_train("--activation", "xielu", "--train-iters", "3", *SAVE, "--save-interval-minutes", "1e-9")
+    said = [line.split()[4] for line in lines_with("> megatron-act: saved step", run.log)]
+    assert said == ["1", "2", "3"], run.log[-3000:]
 
 
 def test_our_flags_are_frozen() -> None:
@@ -105,10 +138,15 @@ def test_our_flags_are_frozen() -> None:
         "--config",
         "--cpu",
         "--dataloader",
+        "--export-best",
         "--hang-timeout-seconds",
         "--keep-last-checkpoints",
+        "--log-dir",
+        "--megatron-log",
         "--metrics-jsonl",
+        "--no-exit-signal-handler",
         "--peak-tflops",
+        "--preflight-only",
         "--recompute-activation-function",
         "--save-interval-minutes",
     ]

@@ -239,7 +239,8 @@ def test_the_table_is_what_was_tried(request: pytest.FixtureRequest) -> None:
         code = "0" if case.faulty.code == 0 else "not 0"
         lines.append(f"| {fault} | {code} | {case.start} | {case.lost} |")
     table = "\n".join(lines) + "\n"
-    assert TABLE.is_file() and TABLE.read_text() == table, f"write this to {TABLE}:\n{table}"
+    written = TABLE.read_text().partition("\n\n")[0] + "\n"  # the rest is of two hosts
+    assert written == table, f"write this to {TABLE}:\n{table}"
 
 
 def test_saves_by_the_clock_alone_of_which_the_last_two_stay(forked_train: Train, tmp_path: Path) -> None:

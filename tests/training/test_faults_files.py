@@ -108,6 +108,6 @@ def test_what_cannot_be_served_is_refused(flags: dict[str, object], why: str | N
     install_typing_override()
     from megatron_act import saves  # imports Megatron
 
-    none = {"keep_last_checkpoints": None, "save_interval_minutes": None, "save_retain_interval": None, "save": "x"}
-    found = saves.conflict(Namespace(**{**none, **flags}))
+    names = ("keep_last_checkpoints", "save_interval_minutes", "save_retain_interval", "export_best")
+    found = saves.conflict(Namespace(**{**dict.fromkeys(names), "save": "x", **flags}))
     assert found is None if why is None else str(found).startswith(why)

@@ -74,7 +74,7 @@ EARLY = {
         [*XIELU, "--transformer-impl", "inference_optimized"],
         ["--transformer-impl inference_optimized", "transformer_engine or local"],
     ),
-    "peak of no use": ([*XIELU, "--peak-tflops", "900"], ["--peak-tflops", "--metrics-jsonl FILE"]),
+    "peak of no use": ([*XIELU, "--peak-tflops", "0"], ["--peak-tflops", "above 0"]),
     "no evaluation interval": (
         [word for word in XIELU if word not in ("--eval-interval", "1000")],
         ["--eval-interval", "--eval-iters 0"],
