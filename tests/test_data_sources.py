@@ -65,6 +65,13 @@ def test_json_lines_give_the_files_of_parquet(form: str, tmp_path: Path) -> None
     assert made[1]["sources"][0]["rows"] == 300
 
 
+def test_a_column_of_any_name(tmp_path: Path) -> None:
+    """Of other letters than ASCII, its texts too, in lines that have no escape."""
+    rows = [{"t\u00e9xt": "caf\u00e9"}, {"t\u00e9xt": "\U0001f600"}]
+    (tmp_path / "in.jsonl").write_bytes(lines(rows, ensure_ascii=False))
+    assert list(iter_texts([tmp_path / "in.jsonl"], "t\u00e9xt")) == ["caf\u00e9", "\U0001f600"]
+
+
 def test_a_folder_of_all_formats_in_order_of_names(tmp_path: Path) -> None:
     (tmp_path / "in" / "b").mkdir(parents=True)
     (tmp_path / "in" / "b" / "1.jsonl.zst").write_bytes(zstd(lines([{"text": "second"}])))

@@ -1,4 +1,4 @@
-"""Train a small byte-level BPE on the text of parquet files, for runs where a model's large vocabulary would dominate.
+"""Train a small byte-level BPE on parquet or JSON lines, for runs where a model's large vocabulary would dominate.
 
     python tools/train_tokenizer.py --input data/*.parquet --vocab-size 4096 --output tokenizer/
 
@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="parquet files, folders (all *.parquet below) or globs",
+        help="parquet or JSON-lines files (.jsonl, .jsonl.gz, .jsonl.zst), folders (all such files below), globs, or "
+        "hf://datasets/OWNER/NAME[@REVISION]/FOLDER",
     )
     add("--vocab-size", type=int, default=4096, metavar="N", help="tokens, 256 bytes and EOD included (default: 4096)")
     add("--output", required=True, metavar="DIR", help="folder to write")

@@ -9,7 +9,7 @@ import pyarrow.types as pt
 from megatron_act.errors import UserError
 
 BATCH_ROWS = 1024
-BATCH_BYTES = 4 << 20  # of text held at a time, unless one document is larger; more only costs page faults
+BATCH_BYTES = 4 << 20  # of text encoded at a time; more only costs page faults
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ import multiprocess.forkserver
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
 from megatron_act.data.join import finish_run
@@ -156,16 +157,21 @@ def _local(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:
 
 
 class InThisProcess(LocalPipelineExecutor):
-    """The local executor without its pool and the manager process of that: one task after the other.
+    """The local executor without its pool, the manager process of that, and a log file for each task.
 
     Forking the manager from this process would have every page that the tokenizer writes to copied: encoding takes 15 %
-    longer, and starting 0.1 s.
+    longer, and starting 0.1 s. Opening the log takes 10 ms.
     """
 
     def run(self) -> None:
-        """Do what is not complete."""
+        """Do what is not complete, one task after the other."""
         for rank in self.get_incomplete_ranks():
-            deepcopy(self)._run_for_rank(rank)  # each task has statistics of its own
+            steps = deepcopy(self.pipeline)  # each task has statistics of its own
+            for step in steps:
+                step(None, rank, self.world_size)
+            with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
+                PipelineStats(steps).save_to_disk(file)
+            self.mark_rank_as_completed(rank)
 
 
 def _ray(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:

@@ -54,9 +54,19 @@ def keep_mask(batch: pa.RecordBatch, text_column: str, filters: Filters) -> tupl
 
 def byte_lengths(text: pa.Array) -> np.ndarray:
     """Bytes of each string, int64 [rows], without a look at them; of a null, whatever."""
+    return np.diff(_offsets(text)).astype(np.int64)
+
+
+def text_bytes(batch: pa.RecordBatch, column: str) -> memoryview:
+    """The bytes of the only row, in place."""
+    text = batch.column(column)
+    start, stop = _offsets(text)
+    return memoryview(text.buffers()[2])[start:stop]
+
+
+def _offsets(text: pa.Array) -> np.ndarray:
     width = np.int64 if pa.types.is_large_string(text.type) else np.int32
-    offsets = np.frombuffer(text.buffers()[1] or b"\0" * 8, width, len(text) + 1, text.offset * width().itemsize)
-    return np.diff(offsets).astype(np.int64)
+    return np.frombuffer(text.buffers()[1] or b"\0" * 8, width, len(text) + 1, text.offset * width().itemsize)
 
 
 def _tests(batch: pa.RecordBatch, text_column: str, filters: Filters) -> Iterator[tuple[str, np.ndarray]]:

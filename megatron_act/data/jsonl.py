@@ -25,8 +25,8 @@ def inspect(path: Path, columns: Columns) -> tuple[None, tuple[int, ...]]:
     Raises:
         UserError: the first line is not what `read` accepts.
     """
-    for line, record in _records(path):
-        _row(record, columns, f"{path}, line {line}")
+    for number, text, encoding in _texts(path, columns):
+        _row(text, encoding, columns, f"{path}, line {number}")
         break
     return None, (path.stat().st_size,)
 
@@ -39,28 +39,31 @@ def read(path: Path, columns: Columns) -> Iterator[pa.RecordBatch]:
     """
     rows: list[list[Any]] = []
     size = 0
-    for line, record in _records(path):
-        row = _row(record, columns, f"{path}, line {line}")
-        rows.append(row)
-        size += len(row[0] or ())
+    for number, text, encoding in _texts(path, columns):
+        rows.append(_row(text, encoding, columns, f"{path}, line {number}"))
+        size += len(rows[-1][0] or ())
         if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
-            yield _batch(rows, columns, f"{path}, lines up to {line}")
+            yield _batch(rows, columns, f"{path}, lines up to {number}")
             rows, size = [], 0
     if rows:
         yield _batch(rows, columns, f"{path}, last lines")
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line number from 1 and value of each line that is not blank."""
-    lines = _lines(path)
-    for number, line in enumerate(lines, 1):
-        if not line.isspace():
-            try:
-                # a byte that is no UTF-8 becomes a lone surrogate, as it may be written in JSON: judged with the text
-                yield number, json.loads(line.decode("utf-8", "surrogateescape"))
-            except (ValueError, RecursionError) as error:
-                message = f"{path}, line {number}: expected a JSON object, got {error}; correct or fetch the file again"
-                raise UserError(message) from error
+def _texts(path: Path, columns: Columns) -> Iterator[tuple[int, str, str]]:
+    """Number from 1 and text of each line that is not blank, and the encoding that gives its strings' bytes.
+
+    Latin-1 makes each byte a character: a long text takes its bytes, where the characters meant take up to four each.
+    """
+    ascii_names, number = all(map(str.isascii, columns.names())), 0
+    for line in _lines(path):
+        number += 1
+        if line.isspace():
+            continue
+        encoding = "latin-1" if ascii_names and b"\\u" not in line else "utf-8"
+        # a byte that is no UTF-8 becomes a lone surrogate, as it may be written in JSON: judged with the text
+        text = line.decode(encoding, "surrogateescape")
+        del line  # half of what is held of a long one
+        yield number, text, encoding
 
 
 def _lines(path: Path) -> Iterator[bytes]:
@@ -71,20 +74,24 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise UserError(f"expected readable JSON lines, got {path} ({error}); fetch it again") from error
 
 
-def _row(record: Any, columns: Columns, where: str) -> list[Any]:
+def _row(text: str, encoding: str, columns: Columns, where: str) -> list[Any]:
     """The columns' values, in the order of `names()`, strings as bytes."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: expected a JSON object, got {error}; correct or fetch the file again") from error
     if not isinstance(record, dict) or columns.text not in record:
         got = f"keys {', '.join(record) or 'none'}" if isinstance(record, dict) else type(record).__name__
         raise UserError(
             f"{where}: expected an object with a column '{columns.text}' of type string, got {got}; see --text-column"
         )
-    strings = [_string(record.get(name), name, where) for name in columns.strings()]
+    strings = [_string(record.get(name), name, encoding, where) for name in columns.strings()]
     return strings + [_number(record.get(name), name, where) for name in columns.numbers]
 
 
-def _string(value: Any, name: str, where: str) -> bytes | None:
+def _string(value: Any, name: str, encoding: str, where: str) -> bytes | None:
     if value is None or isinstance(value, str):
-        return None if value is None else value.encode("utf-8", "surrogatepass")
+        return None if value is None else value.encode(encoding, "surrogatepass")
     raise UserError(f"{where}: expected column '{name}' of type string, got {type(value).__name__}; correct it")
 
 

@@ -34,19 +34,23 @@ _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CL100K = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _TAIL
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_PATHS = _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1)
+
+
+def _cased(suffix: str) -> str:
+    """Words of one case or capitalized, with what may follow in the same word."""
+    before = r"[^\r\n\p{L}\p{N}]?"
+    return f"{before}{_UPPER}*{_LOWER}+{suffix}|{before}{_UPPER}+{_LOWER}*{suffix}"
+
+
 PATTERNS = {
     "gpt2": Pattern(r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", "<|endoftext|>", 50256),
     "cl100k_base": Pattern(_CL100K, "<|endoftext|>", 100257),
-    "o200k_base": Pattern(
-        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
-        + r"|\p{N}{1,3}"
-        + _TAIL.replace(r"[\r\n]*", r"[\r\n/]*", 1),
-        "<|endoftext|>",
-        199999,
-    ),
+    "o200k_base": Pattern(_cased(_SUFFIX) + r"|\p{N}{1,3}" + _PATHS, "<|endoftext|>", 199999),
     "llama3": Pattern(_CL100K, "<|end_of_text|>", 128001),
     "qwen": Pattern(_CL100K.replace("{1,3}", ""), "<|endoftext|>", 151643),
 }
+TEKKEN_REGEX = _cased("") + r"|\p{N}" + _PATHS  # as a tekken.json says itself
 
 
 @dataclass(frozen=True)

@@ -53,14 +53,18 @@ class SentencePieceModel:
         return SentencePieceEncoder(self.processor)
 
     def fast(self) -> FastokensEncoder:
-        """fastokens with the model converted.
+        """fastokens with the model converted."""
+        import fastokens
+
+        return FastokensEncoder(fastokens.Tokenizer.from_json_str(json.dumps(self.converted())))
+
+    def converted(self) -> dict:
+        """The model as the content of a tokenizer.json.
 
         Raises:
             ValueError: a model that a tokenizer.json does not express exactly.
         """
-        import fastokens
-
-        return FastokensEncoder(fastokens.Tokenizer.from_json_str(json.dumps(_converted(self.file, self.processor))))
+        return _converted(self.file, self.processor)
 
 
 def open_sentencepiece(file: Path) -> SentencePieceModel:

@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO
 
@@ -16,7 +17,8 @@ import numpy as np
 import pyarrow as pa
 
 from megatron_act.data.columns import BATCH_BYTES
-from megatron_act.data.filters import byte_lengths, keep_mask
+from megatron_act.data.cuts import Cut, cut_of, pieces
+from megatron_act.data.filters import byte_lengths, keep_mask, text_bytes
 from megatron_act.data.hub import is_hub
 from megatron_act.data.indexed import token_dtype
 from megatron_act.data.manifest import file_sha256
@@ -154,7 +156,11 @@ class _Task:
             sizes = byte_lengths(kept.column(self.job.columns.text))
             self.result.text_bytes += int(sizes.sum())
         for start, stop in _bounded(sizes):
-            self._documents(kept.slice(start, stop - start))
+            rows = kept.slice(start, stop - start)
+            if stop - start == 1 and sizes[start] > BATCH_BYTES:
+                self._long_document(rows)
+            else:
+                self._documents(rows)
 
     def _documents(self, batch: pa.RecordBatch) -> None:
         with self.clock.stage("to Python strings"):
@@ -170,6 +176,25 @@ class _Task:
             with self.clock.stage("write"):
                 chosen = (part_of == part) & ~silent
                 writer.append(tokens if chosen.all() else tokens[np.repeat(chosen, lengths)], lengths[chosen])
+
+    def _long_document(self, batch: pa.RecordBatch) -> None:
+        """Encode one in pieces, so that no more than its bytes is held of it."""
+        writer, length = self.writers[self._parts(batch)[0]], 0
+        for piece in self.clock.stages(pieces(text_bytes(batch, self.job.columns.text), BATCH_BYTES, self.cut), "cut"):
+            with self.clock.stage("encode"):
+                ids = self.encoder.encode([piece])[0].astype(self.dtype)
+            with self.clock.stage("write"):
+                writer.append(ids, np.empty(0, "<i4"))
+            length += len(ids)
+        if length:
+            writer.append(np.array([self.job.tokenizer.eod_id], self.dtype), np.array([length + 1], "<i4"))
+        else:
+            self.result.dropped["no_tokens"] += 1
+
+    @cached_property
+    def cut(self) -> Cut | None:
+        """How long documents may be cut."""
+        return cut_of(self.job.tokenizer)
 
     def _parts(self, batch: pa.RecordBatch) -> np.ndarray:
         if self.job.columns.id is None:
@@ -196,15 +221,9 @@ def append_eod(ids: np.ndarray, offsets: np.ndarray, eod_id: int, dtype: np.dtyp
 
 def _bounded(sizes: np.ndarray) -> Iterator[tuple[int, int]]:
     """Runs of rows, each of at most `BATCH_BYTES` of text or of one row."""
-    if not len(sizes):
-        return
-    if sizes.sum() > BATCH_BYTES:
-        start, held = 0, 0
-        for row, size in enumerate(sizes.tolist()):
-            if held and held + size > BATCH_BYTES:
-                yield start, row
-                start, held = row, 0
-            held += size
-        yield start, len(sizes)
-    else:
-        yield 0, len(sizes)
+    ends, start = np.cumsum(sizes), 0
+    while start < len(sizes):
+        limit = ends[start] - sizes[start] + BATCH_BYTES
+        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
+        yield start, stop
+        start = stop
