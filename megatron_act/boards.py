@@ -14,6 +14,9 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 PACKAGES = {"tensorboard_dir": "tensorboard", "wandb_project": "wandb"}
 
 
+OFF = [word for name in PACKAGES for word in ("--" + name.replace("_", "-"), "")]  # words after which neither is opened
+
+
 def wanted(args: Namespace) -> bool:
     """Whether the flags ask for either."""
     return any(getattr(args, name) for name in PACKAGES)
@@ -27,6 +30,8 @@ def conflict(args: Namespace) -> str | None:
             return f"{flag}: expected the package {package}, got none: pip install {package}, or remove the flag"
     if args.wandb_project and not (args.wandb_save_dir or args.save):
         return "--wandb-project: expected --wandb-save-dir DIR or --save DIR with it, got neither: add one"
+    if args.wandb_project and not args.wandb_exp_name:
+        return "--wandb-project: expected --wandb-exp-name NAME with it, got none: add it"
     return None
 
 

@@ -40,6 +40,9 @@ from megatron_act.kernels import api as kernels
 _ELSEWHERE = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_context_parallel", "logits_load_dir")
 
 
+DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}  # of Megatron's flags that have none
+
+
 def stand_alone() -> None:
     """Without torchrun, one process is a world of its own."""
     if "WORLD_SIZE" in os.environ:
@@ -92,9 +95,7 @@ def validate() -> Namespace:
         UserError: what Megatron refuses.
     """
     try:
-        return parse_and_validate_args(
-            arguments.add_arguments, args_defaults={"tokenizer_type": "HuggingFaceTokenizer"}
-        )
+        return parse_and_validate_args(arguments.add_arguments, args_defaults=DEFAULTS)
     except (AssertionError, ValueError) as error:
         raise UserError(f"Megatron refuses the flags: {_reason(error)}") from error
 

@@ -12,11 +12,13 @@ Output that cannot be written (a closed terminal, a full disk) is dropped: it mu
 """
 
 import contextlib
+import io
 import logging
 import os
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 from argparse import Namespace
@@ -80,7 +82,7 @@ def split(args: Namespace, rank: int, words: list[str]) -> Iterator[None]:
         yield
         return
     path = folder / f"rank_{rank:05d}.log"
-    with _opened(path) as file, _streams(file) as err, _loggers(file, err):
+    with _opened(path) as file, _streams(file) as (out, err), _loggers(file, out, err):
         print(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} {socket.gethostname()}, process {os.getpid()}: {words}")
         if rank == 0:
             print(f"{PREFIX}Megatron's own output is in {folder}/rank_*.log ({RAW} leaves it here)")
@@ -94,19 +96,29 @@ def split(args: Namespace, rank: int, words: list[str]) -> Iterator[None]:
 def _opened(path: Path) -> TextIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a", buffering=1, encoding="utf-8", errors="backslashreplace")
+        lines = io.BufferedWriter(_Raw(path, "a"))
+        return io.TextIOWrapper(lines, encoding="utf-8", errors="backslashreplace", line_buffering=True)
     except OSError as error:
         raise UserError(
             f"{path}: expected a file that can be written, got {error.strerror}: give another {DIR}, or {RAW}"
         ) from None
 
 
+class _Raw(io.FileIO):
+    """A file that takes everything; what the disk does not take is dropped."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
+
+
 def _tell(error: BaseException, path: Path, file: TextIO) -> None:
     """What ended a run, in the file; on the console, where the file is: the traceback follows there."""
     if isinstance(error, SystemExit) and not error.code:
         return
-    with contextlib.suppress(OSError):
-        traceback.print_exception(error, file=file)
+    traceback.print_exception(error, file=file)
     if not isinstance(error, UserError):
         where = f"{os.environ.get('RANK', '0')} on {socket.gethostname()}"
         print(f"{PREFIX}rank {where} ends by {type(error).__name__}; its whole output: {path}", file=sys.stderr)
@@ -117,11 +129,11 @@ class _Stream:
 
     def __init__(self, file: TextIO, console: TextIO, form: Callable[[str], str | None]) -> None:
         self.file, self.console, self.form = file, console, form
-        self.line = ""  # begun, not ended
+        self.begun = threading.local()  # each thread's own line: print ends it by a second write
 
     def write(self, text: str) -> int:
         _write(self.file, text)
-        *lines, self.line = (self.line + text).split("\n")
+        *lines, self.begun.line = (getattr(self.begun, "line", "") + text).split("\n")
         for line in lines:
             if (form := self.form(line)) is not None:
                 _write(self.console, form + "\n")
@@ -135,6 +147,10 @@ class _Stream:
         return getattr(self.file, name)
 
 
+def _nothing(line: str) -> str | None:
+    return None
+
+
 def _write(stream: TextIO, text: str) -> None:
     with contextlib.suppress(OSError):
         stream.write(text)
@@ -142,8 +158,8 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 @contextlib.contextmanager
-def _streams(file: TextIO) -> Iterator[TextIO]:
-    """Descriptor 1 is the file; ``sys.stdout`` and ``sys.stderr`` tell the console, the latter's is yielded."""
+def _streams(file: TextIO) -> Iterator[tuple[TextIO, TextIO]]:
+    """Descriptor 1 is the file; ``sys.stdout`` and ``sys.stderr`` tell the console; yields what they were."""
     out, err = sys.stdout, sys.stderr
     out.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8", errors="backslashreplace") as console:
@@ -151,20 +167,22 @@ def _streams(file: TextIO) -> Iterator[TextIO]:
         streams: Any = _Stream(file, console, shown), _Stream(file, err, str)
         sys.stdout, sys.stderr = streams
         try:
-            yield err
+            yield out, err
         finally:
-            out.flush()  # handlers of loggers hold it
+            _write(out, "")
             sys.stdout, sys.stderr = out, err
+            for stream, plain in zip(streams, (out, err), strict=True):  # as may handlers that were made meanwhile
+                stream.file, stream.console, stream.form = plain, plain, _nothing
             os.dup2(console.fileno(), 1)
 
 
 @contextlib.contextmanager
-def _loggers(file: TextIO, err: TextIO) -> Iterator[None]:
-    """Warnings become log records; loggers that wrote to standard error write to the file, errors to both."""
+def _loggers(file: TextIO, out: TextIO, err: TextIO) -> Iterator[None]:
+    """Warnings become log records; loggers that wrote to the terminal write to the file, errors to both."""
     errors = logging.StreamHandler(err)
     errors.setLevel(logging.ERROR)
     errors.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
-    moved = list(_handlers_of(err))
+    moved = list(_handlers_of({out, err, sys.__stdout__, sys.__stderr__}))
     owners = {logging.getLogger(), *(logger for logger, _, _ in moved if not logger.propagate)}
     for _, handler, _ in moved:
         handler.setStream(file)
@@ -181,9 +199,9 @@ def _loggers(file: TextIO, err: TextIO) -> Iterator[None]:
             handler.setStream(stream)
 
 
-def _handlers_of(err: TextIO) -> Iterator[tuple[logging.Logger, Any, TextIO]]:
-    """Handlers that write to standard error, with their loggers and streams."""
+def _handlers_of(streams: set[Any]) -> Iterator[tuple[logging.Logger, Any, TextIO]]:
+    """Handlers that write to one of them, with their loggers and streams."""
     for logger in (logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))):
         for handler in logger.handlers:
-            if isinstance(handler, logging.StreamHandler) and handler.stream in (err, sys.__stderr__):
+            if isinstance(handler, logging.StreamHandler) and handler.stream in streams:
                 yield logger, handler, handler.stream

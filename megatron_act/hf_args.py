@@ -33,7 +33,11 @@ def from_hf(path: str | Path) -> Flags:
     Raises:
         UserError: no such file, not JSON, a size missing, or a model that has no Megatron flags here.
     """
-    file, config = _opened(path)
+    return flags_of(*_opened(path))
+
+
+def flags_of(file: Path, config: Mapping[str, Any]) -> Flags:
+    """`from_hf` of a config that is read already; ``file`` is for messages."""
     family = config.get("model_type")
     if family not in FAMILIES:
         raise UserError(f"{file}: expected model_type {', '.join(FAMILIES)}, got {family!r}: give the sizes as flags")
@@ -69,7 +73,11 @@ def rope_from_hf(path: str | Path) -> Flags:
     Raises:
         UserError: a scaling that Megatron-Core lacks.
     """
-    file, config = _opened(path)
+    return rope_of(*_opened(path))
+
+
+def rope_of(file: Path, config: Mapping[str, Any]) -> Flags:
+    """`rope_from_hf` of a config that is read already; ``file`` is for messages."""
     rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {})}
     rope.update(config.get("rope_parameters") or {})
     flags: Flags = {"--rotary-base": _whole(rope, "rope_theta", file)} if rope["rope_theta"] else {}

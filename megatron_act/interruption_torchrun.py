@@ -18,6 +18,7 @@ import sys
 from types import FrameType
 
 from torch.distributed import run as elastic
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -36,8 +37,8 @@ def run(words: list[str]) -> int:
         words: what follows ``torchrun`` on a command line; a ``--shutdown-timeout`` among them wins.
 
     Returns:
-        0 if all ranks ended with 0, after a SIGTERM or without; 1 if one failed and no restart was left, or the nodes
-        did not find each other.
+        0 if all ranks ended with 0, after a SIGTERM or without; 1 if one failed and no restart was left, the nodes did
+        not find each other, or another signal came (Ctrl-C).
     """
     signal.signal(signal.SIGTERM, _to_ranks)
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -47,6 +48,14 @@ def run(words: list[str]) -> int:
         elastic.main([*_WORDS, *words])
     except ChildFailedError as error:
         print(error, file=sys.stderr, flush=True)
+        return FAILED
+    except SignalException as error:
+        name = signal.Signals(error.sigval).name
+        print(
+            f"error: ended by {name}, the ranks too, without a save: SIGTERM lets them save",
+            file=sys.stderr,
+            flush=True,
+        )
         return FAILED
     except RendezvousError as error:
         print(f"error: {sentence(error, options)}", file=sys.stderr, flush=True)

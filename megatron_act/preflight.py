@@ -7,6 +7,7 @@ where a check failed (torchrun itself then ends with 1).
 """
 
 import argparse
+import logging
 import os
 import sys
 from datetime import timedelta
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
 def _all_ranks(findings: list[Finding], flags: dict[str, Any], words: list[str], cpu: bool, minimum: float) -> int:
     from megatron_act import preflight_model  # Megatron is there
 
+    logging.getLogger("megatron").setLevel(logging.WARNING)  # its progress would hide the table
     talk = dist.new_group(backend="gloo", timeout=TIMEOUT)
     try:
         given = preflight_model.parse(flags, words, cpu)

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import io
 import os
+import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from megatron.training.arguments import add_megatron_arguments
 
 from megatron_act import (
     arguments,
+    boards,
     command_line,
+    console,
     cpu_backend,
     preflight_data,
     preflight_groups,
@@ -51,7 +54,8 @@ def parse(flags: dict[str, Any], argv: list[str], cpu: bool) -> Namespace:
     words = arguments.config_to_argv(flags, parser, argv) + argv
     args = parser.parse_args([*cpu_backend.FLAGS, *words] if cpu else words)
     args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])  # as Megatron's parsing does
-    return args
+    missing = {name: value for name, value in command_line.DEFAULTS.items() if getattr(args, name) is None}
+    return Namespace(**{**vars(args), **missing})
 
 
 def checks(given: Namespace, cpu: bool, minimum_gbps: float, talk: "dist.ProcessGroup | None") -> list[Finding]:
@@ -104,15 +108,20 @@ def implementation(args: Namespace, cpu: bool) -> list[Finding]:
 def validated(flags: dict[str, Any], argv: list[str], cpu: bool) -> list[Finding]:
     """Whether Megatron and this project take the flags; and if they do, what the model needs of memory and disk."""
     use_built_helpers()
+    said = io.StringIO()
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            command_line.parse(flags, argv)  # what the training does first
+        with contextlib.redirect_stdout(said):
+            command_line.parse(flags, argv)  # what the training does first; it may mend what --load names, and says so
+            sys.argv += boards.OFF  # a board would show the preflight as a run
             args = command_line.validate()
     except UserError as error:
         return [Finding("flags", "", str(error))]
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         return [failed("flags", "flags that Megatron accepts", got, "correct what it names")]
+    finally:
+        for line in filter(console.shown, said.getvalue().splitlines()):
+            print(line, flush=True)
     return [Finding("flags", "accepted by Megatron and megatron-act"), *_sizes(args, cpu)]
 
 

@@ -6,6 +6,7 @@ need the CPU backend if the parent has it.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -14,6 +15,7 @@ from megatron_act.compat import install_typing_override
 from megatron_act.errors import BAD_INPUT, UserError
 
 PROGRAM_START = time.time()
+FIRST_RANK_S = 5
 
 install_typing_override()
 cpu_backend.install_if_requested()
@@ -47,9 +49,17 @@ def _entry() -> int:
     try:
         return main(sys.argv[1:])
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_speaker()}{error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+
+
+def _speaker() -> str:
+    """Nothing on a host's first rank. The others wait: where it says the same and ends, torchrun ends them too."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return ""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Megatron's handler would only note it
+    time.sleep(FIRST_RANK_S)
+    return f"rank {os.environ['RANK']}: "
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from typing import Any
 
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import print_rank_0
 
 from megatron_act.activation import activations_of
@@ -113,6 +114,25 @@ def _check_weights(args: Namespace, checkpoint: MegatronCheckpoint, trained: str
             f"{where}: expected --finetune or --no-load-optim with it, got neither: its optimizer state ({trained}) "
             f"has nothing for {args.activation}'s scalars: add one"
         )
+
+
+def install() -> None:
+    """A learning-rate schedule that differs from the loaded checkpoint's is the user's to mend: one line, not a trace.
+
+    Megatron compares it, in samples, after reading the checkpoint; a longer ``--train-iters`` already changes it.
+    """
+    original = OptimizerParamScheduler._check_and_set
+
+    def checked(self: OptimizerParamScheduler, ours: float, saved: float, name: str) -> float:
+        try:
+            return original(self, ours, saved, name)
+        except AssertionError:
+            raise UserError(
+                f"--load: expected the checkpoint's {name} ({saved}), got {ours}: give the schedule's flags as they "
+                "were, or add --override-opt-param-scheduler (the flags hold) or --use-checkpoint-opt-param-scheduler"
+            ) from None
+
+    OptimizerParamScheduler._check_and_set = checked  # type: ignore[method-assign]
 
 
 class _Fill:

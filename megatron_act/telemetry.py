@@ -221,8 +221,12 @@ class Telemetry:
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                reason = f"{self.path}: --metrics-jsonl cannot be written ({error.strerror})"
+                raise RuntimeError(f"{reason}: make room and start again from the last checkpoint") from error
 
 
 def _on_first_rank(record: dict[str, Any]) -> dict[str, Any]:

@@ -66,6 +66,7 @@ def _train(args: Namespace) -> None:
     model_config.post_wrap_hooks += loading
     optimizer_resharding.install()
     restricted.install()
+    restore.install()
     if args.activation:
         init = arguments.parse_init(args.activation_init)
         model_config.transformer_layer_spec = specs.layer_spec(

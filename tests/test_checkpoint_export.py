@@ -203,7 +203,7 @@ def test_command_with_tokenizer(trained: dict[str, Path], words: Path, tmp_path:
     assert (output / "tokenizer.json").read_bytes() == (words / "tokenizer.json").read_bytes()
     assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == 1
     config = json.loads((output / "config.json").read_text())
-    assert (config["eos_token_id"], config["bos_token_id"], config["vocab_size"]) == (1, None, 120)
+    assert (config["eos_token_id"], config["bos_token_id"], config["vocab_size"]) == (1, None, VOCAB_SIZE)
 
 
 def test_bfloat16_keeps_scalars_in_fp32(trained: dict[str, Path], exported: dict[str, Path], tmp_path: Path) -> None:
@@ -300,6 +300,7 @@ def test_bad_input_is_one_line_and_code_2(
             "expected a folder with tokenizer.json",
         ),
         (["export", "--load", good, *to, "--vocab-size", "999"], "256 embedding rows, got 999"),
+        (["export", "--load", good, *to, "--vocab-size", "-5"], "--vocab-size: expected at least 1, got -5"),
         (["export", "--load", good, *to, "--max-shard-size", "0GB"], "--max-shard-size"),
         (
             ["export", "--load", good, *to, "--family", "gpt2"],

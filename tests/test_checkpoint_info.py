@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_act.checkpoint.export import export
 from megatron_act.checkpoint.hf_config import AUTO_MAP
 from megatron_act.checkpoint.info import describe, text
+from megatron_act.checkpoint.info_checkpoint import describe_checkpoint
 from megatron_act.checkpoint.info_openers import openers
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 from megatron_act.checkpoint.torch_dist import Part
@@ -105,6 +106,16 @@ def test_our_own_modelling_file_needs_no_constants(base: Path, tmp_path: Path) -
     content = describe(tmp_path / "hf")
     assert content["opens_in"]["transformers"].startswith("yes, with trust_remote_code=True")
     assert content["scalars_by_layer"] == describe(base / "hf")["scalars_by_layer"]
+
+
+@pytest.mark.parametrize(
+    ("experts", "answer"), [(None, "yes, with trust"), (4, "no: its Transformers backend replaces")]
+)
+def test_a_checkpoint_answers_as_its_export_will(base: Path, experts: int | None, answer: str) -> None:
+    """vLLM runs a dense model with our modelling file, which a checkpoint's folder does not hold yet."""
+    checkpoint = MegatronCheckpoint(base / "checkpoint")
+    vars(checkpoint.args).update(qk_layernorm=False, num_experts=experts)
+    assert describe_checkpoint(checkpoint)["opens_in"]["vllm"].startswith(answer)
 
 
 CONFIGS = [

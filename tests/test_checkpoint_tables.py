@@ -65,6 +65,8 @@ UNLIKE_EXPERTS = {
     "moe_expert_capacity_factor": 1.0,
     "moe_apply_probs_on_input": True,
     "moe_latent_size": 4,
+    "moe_router_force_biased": 2.0,
+    "moe_expert_rank_capacity_factor": 1.0,
 }
 
 

@@ -48,6 +48,8 @@ def moved(name: str) -> Callable[[dict[str, torch.Tensor]], object]:
 
 
 LAYER = "model.layers.{}."
+PADDED = {"vocab_size": 128}  # the checkpoint's rows, of which one is padding
+PENALTY = {"repetition_penalty": 3.0, "do_sample": True}  # as generation configs of chat models have them
 CASES = {  # change of the export, the first place that must differ
     "none": (lambda tensors: None, None),
     "embedding": (moved("model.embed_tokens.weight"), "embedding"),
@@ -67,9 +69,13 @@ def verified(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         tensors = load_file(good / "model.safetensors")
         change(tensors)
         save_file(tensors, base / name / "model.safetensors", metadata={"format": "pt"})
-    pairs = [(trained, base / name) for name in CASES]
+    export(trained, base / "padded", **PADDED, progress=False)
+    shutil.copytree(good, base / "penalty")
+    (base / "penalty" / "generation_config.json").write_text(json.dumps(PENALTY))
+    names = [*CASES, "padded", "penalty"]
+    pairs = [(trained, base / name) for name in names]
     done = verify.verify_all(pairs, windows=2, length=32, new_tokens=12)
-    return dict(zip(CASES, done, strict=True))
+    return dict(zip(names, done, strict=True))
 
 
 def test_the_export_is_equal_in_every_place(verified: dict[str, Verified]) -> None:
@@ -94,6 +100,20 @@ def test_generations_are_megatrons_own(verified: dict[str, Verified]) -> None:
     """Where the logits' matrix is another, so are the tokens: Megatron's text is not a copy of transformers'."""
     greedy = verified["logits"].greedy
     assert greedy and greedy.same < greedy.tokens and greedy.margin > 2 * TOLERANCE
+
+
+def test_another_vocabulary_is_another_model(verified: dict[str, Verified]) -> None:
+    """Rows of padding change no logit that both have, and yet the export has tokens that do not exist."""
+    done, good = verified["padded"], verified["none"]
+    assert done.max_difference < TOLERANCE and done.same_generation(TOLERANCE) and not done.equal(TOLERANCE)
+    assert (done.vocab_size, done.wanted_vocab_size) == (128, 127)
+    assert (good.vocab_size, good.wanted_vocab_size) == (127, 127)
+    lines = differences.as_lines(done, TOLERANCE)
+    assert any("128 rows, expected 127" in line for line in lines) and lines[-1].startswith("DIFFERENT: the export has")
+
+
+def test_a_generation_config_does_not_change_what_is_compared(verified: dict[str, Verified]) -> None:
+    assert verified["penalty"].greedy == verified["none"].greedy
 
 
 def written(folder: Path, ours: np.ndarray, theirs: np.ndarray) -> Path:

@@ -98,6 +98,27 @@ def test_a_console_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
     assert " end\n" in (tmp_path / "rank_00003.log").read_text()
 
 
+def test_a_full_disk_does_not_end_a_run(tmp_path: Path) -> None:
+    """A limit on the file's size stands for it, from the first line on; what loggers hold back counts too."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (999, 999)); print('x' * 2000)"
+    done = run(tmp_path, f"{limit}; logging.info('y' * 2000); library.warning('z'); print('> megatron-act: end')")
+    assert done.returncode == 0 and "> megatron-act: end\n" in done.stdout and done.stdout.endswith("after\n")
+    assert "Logging error" not in done.stderr
+    assert (tmp_path / "logs" / "rank_00003.log").stat().st_size == 999
+
+
+def test_a_line_of_another_thread_is_not_lost_in_a_hidden_one(tmp_path: Path) -> None:
+    aside = "threading.Thread(target=print, args=('> megatron-act: aside',))"
+    done = run(tmp_path, f"import threading; sys.stdout.write('megatron '); t = {aside}; t.start(); t.join(); print()")
+    assert done.stdout.splitlines()[-2:] == ["> megatron-act: aside", "after"]
+
+
+def test_what_a_handler_of_a_run_says_after_it_goes_where_it_did_before(tmp_path: Path) -> None:
+    late = "library.addHandler(logging.StreamHandler()); atexit.register(library.error, 'late')"
+    done = run(tmp_path, f"import atexit; {late}")
+    assert done.stderr.splitlines()[-2:] == ["late", "late"] and "Logging error" not in done.stderr
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "logs").touch()
     done = run(tmp_path, "pass")

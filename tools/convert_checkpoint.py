@@ -70,7 +70,11 @@ def _add_export(commands: Any) -> None:
         help="llama, qwen3, arcee, apertus or megatron_act (default: what transformers has, else our modelling file)",
     )
     parser.add_argument(
-        "--vocab-size", type=int, metavar="N", help="embedding rows to keep (default: the tokenizer's size)"
+        "--vocab-size",
+        type=int,
+        metavar="N",
+        help="embedding rows to keep (default: those of the tokenizer's tokens, "
+        "or the run's own --vocab-size if that is more)",
     )
     parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="of one weight file: 5GB, 200MB (default: 5GB)"
@@ -123,6 +127,9 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("--generate", type=int, default=32, metavar="N", help="greedy tokens to compare (default: 32)")
     parser.add_argument(
         "--sample", action="store_true", help="generate by sampling with a fixed seed, not greedily; not compared"
+    )
+    parser.add_argument(
+        "--vocab-size", type=int, metavar="N", help="rows that the export should have (default: as export decides)"
     )
     parser.add_argument("--windows", type=int, default=4, metavar="N", help="sequences to compare (default: 4)")
     parser.add_argument("--length", type=int, default=128, metavar="N", help="tokens in each (default: 128)")
@@ -216,11 +223,13 @@ def _verify(args: argparse.Namespace) -> int:
     from megatron_act.checkpoint.verify import PROMPT, verify
 
     text = _read_text(args.text) if args.text else None
-    for name, least in (("windows", 1), ("length", 1), ("generate", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name}: expected at least {least}, got {getattr(args, name)}")
+    for name, least in (("windows", 1), ("length", 1), ("generate", 0), ("vocab_size", 1)):
+        if (given := getattr(args, name)) is not None and given < least:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {least}, got {given}")
+    if not args.tolerance >= 0:
+        raise UserError(f"--tolerance: expected at least 0, got {args.tolerance}")
     options = {"prompt": args.prompt or PROMPT, "sample": args.sample, "trust_remote_code": args.trust_remote_code}
-    sizes = {"windows": args.windows, "length": args.length, "new_tokens": args.generate}
+    sizes = {"windows": args.windows, "length": args.length, "new_tokens": args.generate, "vocab_size": args.vocab_size}
     done = verify(args.load, args.hf, text, **options, **sizes)
     shown = json.dumps(as_json(done, args.tolerance), indent=1) if args.json else None
     print(shown or "\n".join(as_lines(done, args.tolerance)))

@@ -37,7 +37,8 @@ class Generated:
 class Verified:
     """Differences between the two models' logits over ``tokens`` positions, and what transformers generated.
 
-    ``places`` are in the order of computation. ``greedy`` is None where the text was sampled.
+    ``places`` are in the order of computation. ``greedy`` is None where the text was sampled. ``vocab_size`` counts the
+    export's rows; ``wanted_vocab_size`` those that stand for tokens, None where nothing tells.
     """
 
     max_difference: float
@@ -46,6 +47,13 @@ class Verified:
     generated: str
     places: tuple[Place, ...] = ()
     greedy: Generated | None = None
+    vocab_size: int | None = None
+    wanted_vocab_size: int | None = None
+
+    @property
+    def same_vocabulary(self) -> bool:
+        """Whether the export has a row for each token and none that is padding, as far as that is known."""
+        return self.wanted_vocab_size in (None, self.vocab_size)
 
     def first_differing(self, tolerance: float) -> Place | None:
         """The first place whose relative difference is beyond the tolerance."""
@@ -56,12 +64,16 @@ class Verified:
         return self.greedy is None or self.greedy.same == self.greedy.tokens or self.greedy.margin <= 2 * tolerance
 
     def equal(self, tolerance: float) -> bool:
-        """Whether logits and generation are within the tolerance; never with a NaN."""
-        return self.max_difference <= tolerance and self.same_generation(tolerance)
+        """Whether logits and generation are within the tolerance, vocabularies the same; never with a NaN."""
+        return self.max_difference <= tolerance and self.same_generation(tolerance) and self.same_vocabulary
 
 
-def compare(work: Path) -> Verified:
+def compare(work: Path, wanted_vocab_size: int | None = None) -> Verified:
     """Compares what both programs left in a folder; only logits where Megatron's program left no more.
+
+    Args:
+        work: the folder.
+        wanted_vocab_size: rows that stand for tokens; None where nothing tells.
 
     Raises:
         UserError: logits of another shape: not the same model.
@@ -77,7 +89,8 @@ def compare(work: Path) -> Verified:
     positions = theirs.shape[0] * theirs.shape[1]
     # a NaN must not pass a comparison: max() and mean() keep it, and NaN <= tolerance is False
     largest, mean = float(difference.max()), float(difference.mean())
-    return Verified(largest, mean, positions, generated, _places(work), _greedy(work))
+    sizes = theirs.shape[-1], wanted_vocab_size
+    return Verified(largest, mean, positions, generated, _places(work), _greedy(work), *sizes)
 
 
 def _places(work: Path) -> tuple[Place, ...]:
@@ -115,6 +128,8 @@ def as_json(done: Verified, tolerance: float) -> dict[str, Any]:
         "max_difference": done.max_difference,
         "mean_difference": done.mean_difference,
         "tokens": done.tokens,
+        "vocab_size": done.vocab_size,
+        "wanted_vocab_size": done.wanted_vocab_size,
         "first_differing": first and first.name,
         "layers": [vars(place) for place in done.places],
         "generated": done.generated,
@@ -129,6 +144,7 @@ def as_lines(done: Verified, tolerance: float) -> list[str]:
         f"mean difference     {done.mean_difference:.3e}",
         f"generated           {done.generated!r}",
         f"greedy tokens       {_greedy_words(done.greedy)}",
+        f"vocabulary          {_vocabulary_words(done)}",
         f"hidden states       {_place_words(done.places, done.first_differing(tolerance))}",
         _verdict(done, tolerance),
     ]
@@ -139,6 +155,14 @@ def _greedy_words(greedy: Generated | None) -> str:
         return "not compared: the text was sampled"
     tail = "" if greedy.same == greedy.tokens else f"; transformers' margin at the first other one: {greedy.margin:.3e}"
     return f"{greedy.same} of {greedy.tokens} equal{tail}"
+
+
+def _vocabulary_words(done: Verified) -> str:
+    if done.wanted_vocab_size is None:
+        return f"{done.vocab_size} rows, not compared: no tokenizer, and no --vocab-size in the checkpoint"
+    if done.same_vocabulary:
+        return f"{done.vocab_size} rows, one for each token"
+    return f"{done.vocab_size} rows, expected {done.wanted_vocab_size}: export anew, or give the size with --vocab-size"
 
 
 def _place_words(places: Sequence[Place], first: Place | None) -> str:
@@ -156,5 +180,7 @@ def _verdict(done: Verified, tolerance: float) -> str:
     if done.equal(tolerance):
         return "equal"
     first = done.first_differing(tolerance)
+    if not first and not done.same_vocabulary:
+        return "DIFFERENT: the export has another vocabulary than the model that Megatron trained"
     where = f", first in {first.name}" if first else ""
     return f"DIFFERENT{where}: the export is not the model that Megatron trained"

@@ -17,8 +17,9 @@ from megatron_act.checkpoint.card import Model, card_text
 from megatron_act.checkpoint.families import Family, Rule, expanded
 from megatron_act.checkpoint.generation import generation_config
 from megatron_act.checkpoint.hf_config import config as hf_config
+from megatron_act.checkpoint.info_checkpoint import short
 from megatron_act.checkpoint.picks import Geometry, cut
-from megatron_act.checkpoint.reader import MegatronCheckpoint
+from megatron_act.checkpoint.reader import MegatronCheckpoint, TensorInfo
 from megatron_act.checkpoint.scalars import scalar_names, trained_activation
 from megatron_act.checkpoint.tokenizer import Tokenizer, find_tokenizer, unpadded_vocab_size
 from megatron_act.checkpoint.writer import Entry, check_output, complete_folder, write_json, write_model
@@ -27,7 +28,9 @@ from megatron_act.kernels import api as kernels
 
 log = logging.getLogger(__name__)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_LAYER = re.compile(r"decoder\.layers\.(?:(\d+)\.)?(.*)")  # number, if layers are apart, and name within
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers' save_pretrained made for years
 
 
@@ -60,33 +63,42 @@ class _LastTensor:
         return self.tensor
 
 
-def entries(checkpoint: MegatronCheckpoint, family: Family, vocab_size: int, dtype: torch.dtype) -> Iterator[Entry]:
-    """Every tensor of the Hugging Face model, to be read when it is written.
+def entries(
+    checkpoint: MegatronCheckpoint, family: Family, vocab_size: int, dtype: torch.dtype | None
+) -> Iterator[Entry]:
+    """Every tensor of the Hugging Face model, to be read when it is written; ``dtype`` None: each as stored.
 
     Raises:
-        UserError: a tensor that the family needs is not in the checkpoint.
+        UserError: a tensor that the family needs is not in the checkpoint, or of a dtype that is not written.
     """
     args, last = checkpoint.args, _LastTensor(checkpoint)
     geometry = Geometry(args.num_attention_heads, args.num_query_groups, args.kv_channels, vocab_size)
     untied = (families.UNTIED,) if args.untie_embeddings_and_output_weights else ()
     for rule in (*families.MODEL, *untied):
-        shape = checkpoint.info(rule.megatron).shape
-        yield _entry(rule, rule.hf, shape, partial(last, rule.megatron), geometry, dtype)
+        yield _entry(rule, rule.hf, checkpoint.info(rule.megatron), partial(last, rule.megatron), geometry, dtype)
     for layer in range(args.num_layers):
         prefix = f"model.layers.{layer}."
         for rule, name, row in expanded(family, getattr(args, "num_experts", None)):
             key = rule.megatron if checkpoint.has_layer_tensor(rule.megatron, layer) else rule.other or rule.megatron
-            shape = checkpoint.layer_info(key, layer).shape[len(row) :]
-            yield _entry(rule, prefix + name, shape, partial(last, key, layer, row), geometry, dtype)
+            stored = checkpoint.layer_info(key, layer)
+            part = TensorInfo(stored.shape[len(row) :], stored.dtype)
+            yield _entry(rule, prefix + name, part, partial(last, key, layer, row), geometry, dtype)
         for name, value in family.constants.items():
             yield Entry(prefix + name, (), torch.float32, partial(torch.tensor, value))
 
 
 def _entry(
-    rule: Rule, name: str, shape: tuple[int, ...], read: Callable[[], Tensor], geometry: Geometry, dtype: torch.dtype
+    rule: Rule,
+    name: str,
+    stored: TensorInfo,
+    read: Callable[[], Tensor],
+    geometry: Geometry,
+    dtype: torch.dtype | None,
 ) -> Entry:
-    planned = cut(rule.pick, torch.empty(shape, device="meta"), geometry)
-    kept = torch.float32 if rule.scalar else dtype
+    planned = cut(rule.pick, torch.empty(stored.shape, device="meta"), geometry)
+    kept = torch.float32 if rule.scalar else dtype or stored.dtype
+    if kept not in DTYPES.values():
+        raise UserError(f"export: expected weights in {', '.join(DTYPES)}, got {name} in {kept}: add --dtype float32")
     return Entry(name, tuple(planned.shape), kept, lambda: cut(rule.pick, read(), geometry))
 
 
@@ -110,7 +122,7 @@ def export(
         output: the folder to make; appears complete or not at all.
         dtype: ``float32`` or ``bfloat16`` for the weights (default: as stored). The activation's scalars stay fp32.
         tokenizer: folder with Hugging Face tokenizer files (default: the checkpoint's ``--tokenizer-model`` folder).
-        vocab_size: rows of the embedding to keep (default: the tokenizer's size; what is beyond is padding).
+        vocab_size: rows of the embedding to keep (default: `tokenizer.real_vocab_size`; what is beyond is padding).
         family: one of ``families.NAMES``; default: what transformers has, else this project's modelling file.
         metrics: what the run's ``--metrics-jsonl`` wrote, for the model card.
         max_shard_bytes: largest size of one weight file.
@@ -132,9 +144,8 @@ def export(
     words = find_tokenizer(args, tokenizer)
     padded = checkpoint.info(families.MODEL[0].megatron).shape[0]
     vocab_size = unpadded_vocab_size(args, words, padded, vocab_size)
-    stored = checkpoint.info(families.MODEL[0].megatron).dtype
-    dtype = dtype or ("float32" if stored == torch.float32 else "bfloat16")
-    plan = list(entries(checkpoint, chosen, vocab_size, DTYPES[dtype]))
+    plan = list(entries(checkpoint, chosen, vocab_size, DTYPES[dtype] if dtype else None))
+    dtype = dtype or short(plan[0].dtype)
     config = hf_config(chosen, args, vocab_size, dtype, words.token_ids if words else NO_TOKENS)
     parameters = sum(torch.Size(entry.shape).numel() for entry in plan if entry.shape)
     model = Model(output.name, chosen.architecture, activation, dtype, parameters, chosen.ships_code)
@@ -162,10 +173,16 @@ def check_has_scalars(checkpoint: MegatronCheckpoint, activation: str) -> None:
 def check_all_used(checkpoint: MegatronCheckpoint, family: Family) -> None:
     """Raises UserError for a tensor that the family has no rule for, such as the norms of queries and keys in Llama."""
     layer = {name for rule in family.layer for name in (rule.megatron, rule.other)}
-    known = {rule.megatron for rule in (*families.MODEL, families.UNTIED)}
-    for name in tuple(checkpoint.keys()):
-        within = re.sub(r"^decoder\.layers\.(\d+\.)?", "", name)
-        if name not in known and within not in layer:
+    untied = checkpoint.args.untie_embeddings_and_output_weights
+    known = {rule.megatron for rule in (*families.MODEL, *([families.UNTIED] if untied else []))}
+    for name, stored in checkpoint.keys().items():
+        within = _LAYER.match(name)
+        if within is None:
+            used = name in known
+        else:
+            last = stored.shape[0] - 1 if within[1] is None else int(within[1])
+            used = within[2] in layer and last < checkpoint.args.num_layers
+        if not used:
             raise UserError(
                 f"{checkpoint.path}: expected the tensors of {family.architecture} as the saved arguments describe it, "
                 f"got {name} besides: it would be lost"

@@ -66,7 +66,7 @@ def config(
         family: of `families.choose`.
         args: Megatron's saved arguments.
         vocab_size: rows of the exported embedding.
-        dtype: ``float32`` or ``bfloat16``, of the exported weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16``, of the exported weights.
         tokens: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``; None where there is none.
     """
     sizes = {key: getattr(args, argument) for key, argument in SIZES.items()}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
 def open_model(folder: str, trust: bool = False) -> Any:
@@ -68,6 +68,8 @@ def generate(model: Any, tokenizer: Any, request: dict[str, Any], tokens: torch.
     ids, margins = prompt, torch.empty(0)
     if room > 0:
         torch.manual_seed(0)
+        end = model.generation_config.eos_token_id
+        model.generation_config = GenerationConfig(eos_token_id=end)  # penalties and beams are not the model's
         options = {"max_new_tokens": room, "do_sample": request["sample"]}
         options |= {"return_dict_in_generate": True, "output_logits": True}
         done = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

@@ -1,7 +1,6 @@
 """A Hugging Face model folder as a family of ``families`` and the Megatron flags that train it on."""
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from megatron_act import hf_args
 from megatron_act.checkpoint import families
 from megatron_act.checkpoint.families import Family
 from megatron_act.errors import UserError
+from megatron_act.kernels import api as kernels
 from megatron_act.model_args import Flags
 
 # transformers' names of activations without scalars: the registry's
@@ -52,6 +52,9 @@ def open_source(folder: str | Path) -> Source:
     kind = config["model_type"]
     if kind == families.OWN:
         experts = config.get("num_experts")
+        if config["activation"] not in kernels.names():
+            known = ", ".join(kernels.names())
+            raise UserError(f"--hf {folder}: expected activation {known}, got {config['activation']!r}")
         family = families.own(
             config["activation"], config["qk_norm"], bool(experts), bool(experts and config["activation_per_expert"])
         )
@@ -91,18 +94,21 @@ def _completed(folder: Path) -> dict[str, Any]:
     try:
         return reader.from_pretrained(folder, local_files_only=True).to_dict()
     except Exception as error:  # whatever transformers' own checks raise
-        raise UserError(f"--hf {folder}: expected a config that transformers reads, got: {error}") from None
+        why = " ".join(str(error).split())  # theirs have several lines
+        raise UserError(f"--hf {folder}: expected a config that transformers reads, got: {why}") from None
 
 
 def _refuse(config: Mapping[str, Any]) -> None:
     """Raises UserError for what the tables would drop in silence."""
     rope = config.get("rope_parameters") or {}
+    heads, groups = config["num_attention_heads"], config.get("num_key_value_heads") or 1
     problems = (
         (config.get("attention_bias") or config.get("mlp_bias"), "linear layers without bias"),
         ("sliding_attention" in (config.get("layer_types") or ()), "full attention in every layer"),
         (config.get("use_sliding_window") and config.get("sliding_window"), "full attention in every layer"),
         (rope.get("partial_rotary_factor", 1.0) != 1.0, "rotary embeddings over whole heads"),
         (config.get("pretraining_tp", 1) != 1, "pretraining_tp 1"),
+        (heads % groups, f"num_attention_heads ({heads}) a multiple of num_key_value_heads ({groups})"),
     )
     for present, wanted in problems:
         if present:
@@ -119,10 +125,8 @@ def megatron_flags(source: Source, activation: str, padded: int, tokenizer: bool
         tokenizer: the folder has one.
     """
     config = source.config
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "config.json"
-        file.write_text(json.dumps(_as_public(config)), encoding="utf-8")
-        flags = hf_args.from_hf(file) | hf_args.rope_from_hf(file)
+    file, public = source.folder / "config.json", _as_public(config)
+    flags = hf_args.flags_of(file, public) | hf_args.rope_of(file, public)
     flags.pop("--activation", None)
     if activation == "swiglu":
         flags["--swiglu"] = True

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from itertools import groupby
 
 import torch
@@ -75,6 +76,7 @@ class Plan:
         self._notes: list[str] = []
         self.parts = [*self._model(), *(part for layer in range(self.layers) for part in self._layer(layer))]
         self._check_left_over()
+        self._check_dtypes()
 
     @property
     def size_bytes(self) -> int:
@@ -92,9 +94,20 @@ class Plan:
     def _model(self) -> Iterator[Part]:
         untied = () if self.source.config["tie_word_embeddings"] else (families.UNTIED,)
         if not untied and families.UNTIED.hf in self.folder.tensors:
-            self.used.add(families.UNTIED.hf)  # a copy of the embedding
+            self._check_copy()
         for rule in (*families.MODEL, *untied):
             yield self._part(rule.megatron, (), (), [(rule, rule.hf)])
+
+    def _check_copy(self) -> None:
+        """A tied model's head must be a copy of the embedding; where it is not, transformers unties the two."""
+        head, embedding = families.UNTIED.hf, families.MODEL[0].hf
+        self._stored(embedding)
+        self.used.add(head)
+        if not torch.equal(self.folder.read(head), self.folder.read(embedding)):
+            raise UserError(
+                f"--hf {self.folder.folder}: expected {head} equal to {embedding} (tie_word_embeddings), got another: "
+                "set tie_word_embeddings to false in config.json, as transformers takes it, or remove the tensor"
+            )
 
     def _layer(self, layer: int) -> Iterator[Part]:
         prefix = f"model.layers.{layer}."
@@ -118,7 +131,7 @@ class Plan:
         scalar = members[0][0].scalar
         if scalar and stored[0].dtype != torch.float32:
             self._notes.append(f"the scalars were stored in {stored[0].dtype}, with its rounding".replace("torch.", ""))
-        dtype = torch.float32 if scalar else self.dtype or stored[0].dtype
+        dtype = torch.float32 if scalar else self.dtype or reduce(torch.promote_types, (each.dtype for each in stored))
         shape = self.shapes[members[0][0].megatron]
         self._check_shapes(shape, members)
         return Part(key, row, rows, shape, dtype, self._reader(shape, dtype, members))
@@ -155,8 +168,10 @@ class Plan:
             self.used.add(prefix + name)
             if prefix + name not in self.folder.tensors:
                 self._notes.append(f"{name} is not in the folder (transformers would read garbage): taken as {value:g}")
-            elif abs(float(self.folder.read(prefix + name)) - value) > CONSTANT_ERROR * abs(value):
-                got = float(self.folder.read(prefix + name))
+                continue
+            stored = self.folder.read(prefix + name)
+            wanted, got = float(torch.tensor(value, dtype=stored.dtype)), float(stored)  # fp16 keeps eps to 1.4 % only
+            if abs(got - wanted) > CONSTANT_ERROR * abs(value):
                 raise UserError(f"--hf: expected {prefix}{name} {value:g}, got {got:g}: Megatron has no other")
 
     def _check_left_over(self) -> None:
@@ -167,6 +182,16 @@ class Plan:
                 f"--hf {self.folder.folder}: expected the tensors of {self.source.family.architecture}, got "
                 f"{len(extra)} more, such as {extra[0]}: not imported"
             )
+
+    def _check_dtypes(self) -> None:
+        """Megatron's stacked tensors have one dtype for all layers."""
+        first: dict[str, torch.dtype] = {}
+        for part in self.parts:
+            if first.setdefault(part.key, part.dtype) != part.dtype:
+                raise UserError(
+                    f"--hf {self.folder.folder}: expected one dtype in all layers, got {first[part.key]} and "
+                    f"{part.dtype} for {part.key}: add --dtype float32"
+                )
 
     @property
     def empty(self) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_act.checkpoint import families
+from megatron_act.checkpoint.hf_config import AUTO_MAP
 from megatron_act.checkpoint.info_cost import cost
 from megatron_act.checkpoint.info_openers import openers
 from megatron_act.checkpoint.reader import LAYERS, MegatronCheckpoint
@@ -83,7 +84,8 @@ def _destination(args: Namespace, activation: str) -> dict[str, Any]:
     config = {
         "architectures": [family.architecture],
         **family.config,
-        **({"auto_map": {}} if family.ships_code else {}),
+        "num_experts": getattr(args, "num_experts", None),
+        **({"auto_map": AUTO_MAP} if family.ships_code else {}),
     }
     return {"exports_as": family.architecture, "opens_in": openers(config)}
 

@@ -60,9 +60,12 @@ def describe_flags(path: Path) -> dict[str, Any]:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/config.json: expected a readable JSON file, got: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{folder}/config.json: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _itemsize(config: dict[str, Any]) -> int:

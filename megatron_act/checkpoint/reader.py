@@ -91,10 +91,13 @@ class MegatronCheckpoint:
             file.seek(info.offset)
             return load_plain(io.BytesIO(file.read(info.length)))
 
-    @property
+    @cached_property
     def args(self) -> Namespace:
         """The parsed command line that Megatron saved; values of Megatron's own types are ``safe_pickle.Foreign``."""
-        return self._common["args"]
+        args = self._common["args"]
+        if not getattr(args, "group_query_attention", True):  # Megatron then ignores the count, the parser's default
+            args.num_query_groups = args.num_attention_heads
+        return args
 
     @property
     def content(self) -> dict[str, Any]:

@@ -43,8 +43,10 @@ REQUIRED_OF_EXPERTS: tuple[tuple[str, Any, str], ...] = (
     ("moe_router_num_groups", None, "a router without --moe-router-num-groups"),
     ("moe_router_load_balancing_type", "aux_loss", "--moe-router-load-balancing-type aux_loss or none"),
     ("moe_router_force_load_balancing", False, "a router that reads its logits"),
+    ("moe_router_force_biased", None, "a router without --moe-router-force-biased"),
     ("moe_shared_expert_intermediate_size", None, "routed experts only (no --moe-shared-expert-intermediate-size)"),
     ("moe_expert_capacity_factor", None, "experts that drop no token (no --moe-expert-capacity-factor)"),
+    ("moe_expert_rank_capacity_factor", None, "experts that drop no token (no --moe-expert-rank-capacity-factor)"),
     ("moe_apply_probs_on_input", False, "--moe-apply-probs-on-input left out"),
     ("moe_latent_size", None, "experts of the full hidden size (no --moe-latent-size)"),
 )

@@ -47,11 +47,10 @@ class SafetensorsFolder:
 
     def _files(self) -> list[Path]:
         single, index = self.folder / SINGLE, self.folder / INDEX
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            return [self.folder / name for name in names]
-        if single.is_file():
+        if single.is_file():  # transformers too reads this one where it finds both
             return [single]
+        if index.is_file():
+            return [self.folder / name for name in _indexed(index)]
         raise UserError(
             f"--hf {self.folder}: expected {SINGLE} or {INDEX}, got neither: save the model with save_pretrained"
         )
@@ -60,6 +59,14 @@ class SafetensorsFolder:
         """One tensor, on the CPU, as stored."""
         with safe_open(self.tensors[name].file, framework="pt") as file:
             return file.get_tensor(name)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Names of the files that an index lists."""
+    try:
+        return sorted({str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: expected an index with a weight_map, got a broken one: {error!r}") from None
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:

@@ -82,6 +82,17 @@ def _is_weights(name: str) -> bool:
     return name in NOT_TOKENIZER or name.endswith(".index.json")
 
 
+def real_vocab_size(args: Namespace, words: Tokenizer | None, padded: int) -> int | None:
+    """Rows that stand for tokens: those of the tokenizer, and those that the run's ``--vocab-size`` names besides.
+
+    An imported model may have more rows than its tokenizer has tokens; they are the model's, not padding. None where
+    neither is known. Arguments as for `unpadded_vocab_size`.
+    """
+    recorded = getattr(args, "vocab_size", None) or 0
+    sizes = [words.size if words else 0, recorded if recorded <= padded or not words else 0]
+    return max(sizes) or None
+
+
 def unpadded_vocab_size(args: Namespace, words: Tokenizer | None, padded: int, given: int | None) -> int:
     """Rows of the embedding that stand for tokens.
 
@@ -95,10 +106,11 @@ def unpadded_vocab_size(args: Namespace, words: Tokenizer | None, padded: int, g
         given: what the user says, over all else.
 
     Raises:
-        UserError: more tokens than rows.
+        UserError: more tokens than rows, or none.
     """
-    recorded = getattr(args, "vocab_size", None)
-    size = given or (words.size if words else recorded)
+    if given is not None and given < 1:
+        raise UserError(f"--vocab-size: expected at least 1, got {given}")
+    size = given or real_vocab_size(args, words, padded)
     if size is None:
         log.warning(
             "vocabulary size unknown: all %d rows are kept, padding included; see --tokenizer, --vocab-size", padded

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_act.checkpoint.differences import Verified, compare
-from megatron_act.checkpoint.reader import find_iteration
+from megatron_act.checkpoint.families import MODEL
+from megatron_act.checkpoint.reader import MegatronCheckpoint, find_iteration
+from megatron_act.checkpoint.tokenizer import MARKERS, find_tokenizer, real_vocab_size
 from megatron_act.errors import UserError
 
 TOLERANCE = 1e-4  # largest difference of two fp32 logits: rounding of two orders of summation, far below any mistake
@@ -34,6 +36,7 @@ def verify_all(
     new_tokens: int = 32,
     sample: bool = False,
     trust_remote_code: bool = False,
+    vocab_size: int | None = None,
 ) -> list[Verified]:
     """Compares checkpoints and their exports on the CPU in fp32; each stack starts once for all pairs.
 
@@ -46,6 +49,7 @@ def verify_all(
         new_tokens: length of the generated text; Megatron's greedy tokens are compared with it.
         sample: draw from the distribution with a fixed seed instead of taking the likeliest token; not compared.
         trust_remote_code: run a folder's own modelling file even if it is not this project's.
+        vocab_size: rows that the export should have (default: as `export` decides, by tokenizer and saved arguments).
 
     Returns:
         Per pair the largest and mean absolute difference of logits over the export's vocabulary, the hidden states'
@@ -64,7 +68,16 @@ def verify_all(
         places = [Path(work) / str(i) for i in range(len(pairs))]
         run_transformers(places, requests)
         run_megatron(places, checkpoints)
-        return [compare(place) for place in places]
+        sizes = [vocab_size or _vocab_size(path, hf) for path, (_, hf) in zip(checkpoints, pairs, strict=True)]
+        return [compare(place, size) for place, size in zip(places, sizes, strict=True)]
+
+
+def _vocab_size(checkpoint: Path, hf: str | Path) -> int | None:
+    """Rows that stand for tokens, by the export's tokenizer and the checkpoint's arguments; None: neither tells."""
+    opened = MegatronCheckpoint(checkpoint)
+    has_tokenizer = any((Path(hf) / marker).is_file() for marker in MARKERS)
+    words = find_tokenizer(opened.args, hf if has_tokenizer else None)
+    return real_vocab_size(opened.args, words, opened.info(MODEL[0].megatron).shape[0])
 
 
 def _model_folder(hf: str | Path) -> Path:

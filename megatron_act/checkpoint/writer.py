@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_act.checkpoint.resume import Finished, whole_folder
 from megatron_act.errors import UserError
 
-DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3}

@@ -149,8 +149,19 @@ def test_wandb_that_is_not_installed_is_refused_before_anything_starts(forked_tr
     """A folder of runs that it has left in the working directory does not count as the package."""
     (tmp_path / "wandb").mkdir()
     path = ["logs", {"kind": "path", "folder": str(tmp_path)}]
-    done = forked_train(*XIELU, "--wandb-project", "p", "--wandb-save-dir", str(tmp_path), ranks=2, prepare=path)
+    flags = ["--wandb-project", "p", "--wandb-save-dir", str(tmp_path)]
+    done = forked_train(*XIELU, *flags, ranks=2, prepare=path)
     assert done.code == 2 and done.records == []
     assert done.log.splitlines() == [
         "error: --wandb-project: expected the package wandb, got none: pip install wandb, or remove the flag"
     ]
+
+
+def test_a_wandb_run_without_a_name_is_refused_before_megatron_does_on_the_last_rank(
+    forked_train: Train, tmp_path: Path
+) -> None:
+    (tmp_path / "wandb.py").write_text(STAND_IN)
+    path = ["logs", {"kind": "path", "folder": str(tmp_path)}]
+    done = forked_train(*XIELU, "--wandb-project", "p", "--wandb-save-dir", str(tmp_path), ranks=2, prepare=path)
+    expected = "error: --wandb-project: expected --wandb-exp-name NAME with it, got none: add it"
+    assert done.code == 2 and done.log.splitlines() == [expected]

@@ -165,10 +165,13 @@ def test_missing_tokenizer_is_refused(data_flags: list[str], tmp_path: Path) -> 
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_without_the_scalars_is_refused(
+def test_a_checkpoint_without_the_scalars_or_of_another_schedule_is_refused(
     forked_train: Train, data_flags: list[str], tmp_path: Path
 ) -> None:
     swiglu = forked_train("--swiglu", "--train-iters", "1", *SAVE)
     assert swiglu.code == 0, swiglu.log[-2000:]
     line = refused_line([*data_flags, "--load", str(swiglu.checkpoint)], tmp_path)
     assert "xielu" in line and "swiglu" in line and "alpha_p" in line
+    longer = forked_train("--swiglu", "--train-iters", "2", "--load", str(swiglu.checkpoint))  # another schedule
+    expected = "--load: expected the checkpoint's total number of iterations (8), got 16: give the schedule's flags as"
+    assert longer.code == 2 and expected in longer.log and "Traceback" not in longer.log

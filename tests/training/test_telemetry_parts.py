@@ -1,5 +1,6 @@
 """Pieces of telemetry without training: what is counted of a pre-activation, and the picture of the curves."""
 
+from argparse import Namespace
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from megatron_act.compat import install_typing_override
 
 install_typing_override()  # before Megatron is imported, where this file's tests run alone
 from megatron_act.preactivations import SAMPLED_TOKENS, _count  # noqa: E402
+from megatron_act.telemetry import Telemetry  # noqa: E402
 
 
 def mlp(gated: bool, activation: object) -> SimpleNamespace:
@@ -52,3 +54,11 @@ def test_the_picture_has_each_layers_curve_where_it_belongs() -> None:
 
 def test_an_activation_without_scalars_has_one_curve() -> None:
     assert curve_images.curves("relu2", np.array([-1.0, 2.0]), {}).tolist() == [[0.0, 4.0]]
+
+
+def test_a_metrics_file_that_cannot_be_written_is_named() -> None:
+    telemetry = Telemetry(Namespace(metrics_jsonl="/dev/full", tensorboard_dir=None, wandb_project=""))
+    with pytest.raises(
+        RuntimeError, match=r"^/dev/full: --metrics-jsonl cannot be written \(No space left on device\)"
+    ):
+        telemetry._write({"event": "step"})
