@@ -1,6 +1,7 @@
 """Shared by all tests: Triton's interpreter where no GPU is, and no skipped test without an allowed reason."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -36,6 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as under nohup: what tests start and interrupt inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # The interpreter computes both branches of a where in numpy, which warns about the branch not taken.
     for module in ("triton.runtime.interpreter", "numpy._core.fromnumeric"):
         config.addinivalue_line("filterwarnings", f"ignore:.*encountered in:RuntimeWarning:{module}")
