@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from data_support import ROOT, call_tool, command, run_tool, same_files, sample_texts, tokenizer_folder, write_parquet
@@ -19,19 +20,19 @@ from megatron_act.errors import UserError
 SUFFIXES = (".bin", ".idx", ".manifest.json")
 
 
-def start_long_run(folder: Path, *flags: object) -> subprocess.Popen[str]:
+def start_long_run(folder: Path, *flags: object, **options: Any) -> subprocess.Popen[str]:
     """A run with two workers and 24 tasks on 12 files, returned once two of its tasks are done."""
     for copy in range(12):
         write_parquet(folder / f"{copy:02d}.parquet", row_group_size=50, text=sample_texts())
-    process = start(folder, *flags)
+    process = start(folder, *flags, **options)
     wait_for(process, folder, lambda: len(done(folder)) >= 2)
     return process
 
 
-def start(folder: Path, *flags: object) -> subprocess.Popen[str]:
+def start(folder: Path, *flags: object, **options: Any) -> subprocess.Popen[str]:
     arguments = ["--input", folder, "--tokenizer", tokenizer_folder("bpe"), "--output-prefix", folder / "out"]
     line = command(*arguments, "--workers", 2, "--tasks", 24, *flags)
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
 
 
 def done(folder: Path) -> list[str]:
@@ -118,8 +119,11 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
 
 
 def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
-    """As the kernel does when memory is short: one line, exit code 1, no process left, and --resume goes on."""
-    process = start_long_run(tmp_path)
+    """As the kernel does when memory is short: one line, exit code 1, no process left, and --resume goes on.
+
+    Ctrl-C's signal is ignored, as a shell has it for what it starts in the background.
+    """
+    process = start_long_run(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     others = descendants(process.pid)
     workers = [pid for pid in others if parent_of(pid) != process.pid]
     assert len(workers) == 2

@@ -18,6 +18,7 @@ from megatron_act.data.work import Work
 
 POLL_SECONDS = 0.1
 GONE_SECONDS = 1.0  # a pool that is being ended ends sooner
+WAKE = signal.SIGUSR1  # Ctrl-C's signal is ignored where a shell started this in the background
 
 
 class WorkerKilled(RuntimeError):
@@ -36,7 +37,7 @@ def watched(work: Work, tasks: int, rows: int | None, progress: bool) -> Iterato
     Raises:
         WorkerKilled: in place of waiting forever.
     """
-    with tqdm(total=rows, desc="tokenizing", unit="doc", disable=None if progress else True) as bar:
+    with _wakeable(), tqdm(total=rows, desc="tokenizing", unit="doc", disable=None if progress else True) as bar:
         watcher = _Watcher(work, tasks, bar)
         watcher.start()
         try:
@@ -50,6 +51,19 @@ def watched(work: Work, tasks: int, rows: int | None, progress: bool) -> Iterato
         finally:
             watcher.end.set()
             watcher.join()
+
+
+@contextlib.contextmanager
+def _wakeable() -> Iterator[None]:
+    """`WAKE` ends what the main thread waits for, as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which has no handlers of its own
+        return
+    before = signal.signal(WAKE, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(WAKE, before)
 
 
 class _Watcher(threading.Thread):
@@ -68,7 +82,8 @@ class _Watcher(threading.Thread):
                 self.bar.update(self._rows() - self.bar.n)
             if self._somebody_died():
                 self.found_dead = True
-                os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread
+                if signal.getsignal(WAKE) is signal.default_int_handler:
+                    os.kill(os.getpid(), WAKE)
                 return
 
     def _somebody_died(self) -> bool:
