@@ -28,7 +28,7 @@ from megatron_act.data.join import finish_run
 from megatron_act.data.plan import Plan
 from megatron_act.data.stopwatch import Stopwatch
 from megatron_act.data.task import is_done, run_task
-from megatron_act.data.watch import watched
+from megatron_act.data.watch import handled, watched
 from megatron_act.data.work import Work, locked
 from megatron_act.errors import UserError
 
@@ -253,17 +253,5 @@ def _mark_completed(logs: Path, work: Work, plan: Plan) -> None:
 
 def _start_forkserver() -> None:
     """Have workers ignore Ctrl-C, which reaches the whole group: this process decides."""
-    with _ignored(signal.SIGINT):
+    with handled(signal.SIGINT, signal.SIG_IGN):
         multiprocess.forkserver.ensure_running()
-
-
-@contextlib.contextmanager
-def _ignored(number: signal.Signals) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may change this
-        return
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import multiprocess
 from tqdm import tqdm
@@ -37,7 +38,9 @@ def watched(work: Work, tasks: int, rows: int | None, progress: bool) -> Iterato
     Raises:
         WorkerKilled: in place of waiting forever.
     """
-    with _wakeable(), tqdm(total=rows, desc="tokenizing", unit="doc", disable=None if progress else True) as bar:
+    silent = None if progress else True
+    waking = handled(WAKE, signal.default_int_handler)  # ends what the main thread waits for, as Ctrl-C does
+    with waking, tqdm(total=rows, desc="tokenizing", unit="doc", disable=silent) as bar:
         watcher = _Watcher(work, tasks, bar)
         watcher.start()
         try:
@@ -54,16 +57,16 @@ def watched(work: Work, tasks: int, rows: int | None, progress: bool) -> Iterato
 
 
 @contextlib.contextmanager
-def _wakeable() -> Iterator[None]:
-    """`WAKE` ends what the main thread waits for, as Ctrl-C does."""
+def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
+    """Another handler of a signal for the block; only the main thread may change it, others leave it."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # which has no handlers of its own
+        yield
         return
-    before = signal.signal(WAKE, signal.default_int_handler)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(WAKE, before)
+        signal.signal(number, before)
 
 
 class _Watcher(threading.Thread):
