@@ -64,17 +64,21 @@ class BackgroundExport:
         words = ["--load", str(self.checkpoint(record)), "--output", str(self.output), "--record", json.dumps(record)]
         path = os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])])
         env = {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "MEGATRON_ACT_PARENT": str(os.getpid())}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "megatron_act.best_export", *words],
-            env={**os.environ, **env},
-            text=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        _, said = self.process.communicate()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "megatron_act.best_export", *words],
+                env={**os.environ, **env},
+                text=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            )
+            _, said = self.process.communicate()
+            code = self.process.returncode
+        except OSError as error:  # a node without room for one more process
+            code, said = 1, str(error)
         if not self.stopped:
-            print(f"> megatron-act: {self._outcome(record, self.process.returncode, said)}", flush=True)
+            print(f"> megatron-act: {self._outcome(record, code, said)}", flush=True)
 
     def _outcome(self, record: dict[str, Any], code: int, said: str) -> str:
         what = f"iteration {record['iteration']} (validation loss {record['validation_loss']:.6f})"

@@ -112,10 +112,17 @@ class BestCheckpoint:
         if loss < (self.best["validation_loss"] if self.best else math.inf):
             tokens = self.args.consumed_train_samples * self.args.seq_length
             self.best = {"iteration": iteration, "validation_loss": loss, "tokens": tokens}
-            written = self.file.with_name(f"{RECORD}.new")
-            written.write_text(json.dumps(self.best) + "\n", encoding="utf-8")
-            written.replace(self.file)
+            self._note(self.best)
             self.exports.offer(self.best)
+
+    def _note(self, best: dict[str, Any]) -> None:
+        """For the next start; a disk that is full again after a good save must not end the run."""
+        written = self.file.with_name(f"{RECORD}.new")
+        try:
+            written.write_text(json.dumps(best) + "\n", encoding="utf-8")
+            written.replace(self.file)
+        except OSError as error:
+            print(f"> megatron-act: {self.file} cannot be written ({error.strerror}): training goes on", flush=True)
 
 
 def _read(file: Path) -> dict[str, Any] | None:

@@ -104,7 +104,9 @@ def test_rows_beyond_the_tokenizer_are_kept(tmp_path: Path, forked: ForkedRuns) 
     vocabulary = {f"word{number}": number for number in range(100)}
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="word0")))
     words.save_pretrained(folder)
-    same(folder, there_and_back(folder, tmp_path, forked))
+    back = there_and_back(folder, tmp_path, forked)
+    assert len(load_file(back / "model.safetensors")["model.embed_tokens.weight"]) == 127
+    same(folder, back)
 
 
 def test_the_files_that_transformers_reads(tmp_path: Path) -> None:

@@ -142,6 +142,17 @@ def test_the_next_start_knows_the_best_and_makes_up_for_its_export(arguments: Na
     assert not hasattr(BestCheckpoint(arguments).exports, "offered")
 
 
+def test_a_note_that_cannot_be_written_is_a_line(
+    arguments: Namespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    best = BestCheckpoint(arguments)
+    (best.file.with_name("best.json.new")).mkdir()
+    best.after_evaluation(2, 1.5)
+    best.after_save(2)
+    assert f"{best.file} cannot be written (Is a directory): training goes on\n" in capsys.readouterr().out
+    assert getattr(best.exports, "offered", []) == [2]
+
+
 def checkpoints(folder: Path, *iterations: int) -> None:
     for iteration in iterations:
         (folder / f"iter_{iteration:07d}").mkdir()
@@ -159,6 +170,20 @@ def test_a_failed_export_is_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[
     assert shown.startswith("> megatron-act: exporting iteration 2 (validation loss 1.500000) to ")
     assert "iter_0000002: expected a " in shown and shown.endswith("): training goes on")
     assert freed == [set()] and not (tmp_path / "best").exists()
+
+
+def test_an_export_that_cannot_start_is_a_line_and_the_next_one_is_made(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints(tmp_path, 2, 4)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "none"))
+    exports = BackgroundExport(tmp_path, tmp_path / "best")
+    for iteration in (2, 4):
+        exports.offer({"iteration": iteration, "validation_loss": 1.5})
+        exports.finish(60)
+    lines = [line for line in capfd.readouterr().out.splitlines() if "exporting" in line]
+    assert [line.split()[4] for line in lines] == ["2", "4"] and all("No such file" in line for line in lines)
+    assert exports.busy() == set()
 
 
 def test_what_is_being_exported_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
