@@ -265,6 +265,21 @@ def with_arguments(source: Path, target: Path, **changes: object) -> Path:
     return target
 
 
+def wrong_checkpoints(good: Path, folder: Path) -> dict[str, str]:
+    """Copies of a checkpoint that are not what their arguments say, or not whole; an empty folder and a file beside."""
+    made = {
+        "bare": without_scalars(good, folder / "bare"),
+        "other": with_arguments(good, folder / "other", activation="crrelu"),
+        "normed": with_arguments(good, folder / "normed", qk_layernorm=False),
+        "biased": with_arguments(good, folder / "biased", add_bias_linear=True),
+        "cut": Path(shutil.copytree(good, folder / "cut")),
+    }
+    next(made["cut"].glob("iter_*/.metadata")).write_bytes(b"\x80\x04")
+    (folder / "empty").mkdir()
+    (folder / "file").write_text("x")
+    return {name: str(path) for name, path in made.items()}
+
+
 def test_bad_input_is_one_line_and_code_2(
     trained: dict[str, Path],
     exported: dict[str, Path],
@@ -273,15 +288,7 @@ def test_bad_input_is_one_line_and_code_2(
     capsys: pytest.CaptureFixture,
 ) -> None:
     good, output = str(trained["apertus"]), tmp_path / "out" / "hf"
-    bare = without_scalars(trained["apertus"], tmp_path / "bare")
-    other = with_arguments(trained["apertus"], tmp_path / "other", activation="crrelu")
-    normed = with_arguments(trained["apertus"], tmp_path / "normed", qk_layernorm=False)
-    biased = with_arguments(trained["apertus"], tmp_path / "biased", add_bias_linear=True)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("x")
-    cut = tmp_path / "cut"
-    shutil.copytree(trained["apertus"], cut)
-    next(cut.glob("iter_*/.metadata")).write_bytes(b"\x80\x04")
+    wrong = wrong_checkpoints(trained["apertus"], tmp_path)
     to = ["--output", str(output)]
     cases = [
         (
@@ -290,11 +297,11 @@ def test_bad_input_is_one_line_and_code_2(
         ),
         (["export", "--load", str(tmp_path / "file"), *to], "got a file"),
         (["export", "--load", str(tmp_path / "empty"), *to], "expected a Megatron checkpoint"),
-        (["export", "--load", str(cut), *to], "broken .metadata"),
-        (["export", "--load", str(bare), *to], "expected a checkpoint with the scalars of xielu"),
-        (["export", "--load", str(other), *to], "expected a checkpoint with the scalars of crrelu"),
-        (["export", "--load", str(normed), *to], "k_layernorm.weight besides: it would be lost"),
-        (["export", "--load", str(biased), *to], "it needs --disable-bias-linear"),
+        (["export", "--load", wrong["cut"], *to], "broken .metadata"),
+        (["export", "--load", wrong["bare"], *to], "expected a checkpoint with the scalars of xielu"),
+        (["export", "--load", wrong["other"], *to], "expected a checkpoint with the scalars of crrelu"),
+        (["export", "--load", wrong["normed"], *to], "k_layernorm.weight besides: it would be lost"),
+        (["export", "--load", wrong["biased"], *to], "it needs --disable-bias-linear"),
         (
             ["export", "--load", good, *to, "--tokenizer", str(tmp_path / "empty")],
             "expected a folder with tokenizer.json",
