@@ -4,36 +4,29 @@ datatrove gives each task to a worker and marks it complete; the task itself (`r
 folder, so nothing else has to reach the worker, and any machine that shares the file system can do it.
 """
 
-import contextlib
-import ctypes
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import multiprocess
-import multiprocess.forkserver
 from datatrove.executor.base import PipelineExecutor
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.stats import PipelineStats
 from loguru import logger
 
+from megatron_act.data import pool
+from megatron_act.data.bar import shown
 from megatron_act.data.join import finish_run
 from megatron_act.data.plan import Plan
 from megatron_act.data.stopwatch import Stopwatch
 from megatron_act.data.task import is_done, run_task
-from megatron_act.data.watch import handled, watched
 from megatron_act.data.work import Work, locked
 from megatron_act.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]  # where megatron_act lies, for workers elsewhere
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 if "SLURM_JOB_ID" not in os.environ:
     logger.disable("datatrove")  # its log lines; a Slurm job keeps them, for its log file
 
@@ -72,8 +65,6 @@ class EncodeStep(PipelineStep):
 
     def run(self, data: Any, rank: int = 0, world_size: int = 1) -> None:  # type: ignore[override]
         """Do the task and count it in datatrove's statistics."""
-        if multiprocess.parent_process() is not None:
-            _be_a_worker()
         os.chdir(self.cwd)
         work = Work(Path(self.folder))
         result = run_task(work, work.plan(), rank)
@@ -98,80 +89,55 @@ class FinishStep(PipelineStep):
             finish_run(work, Stopwatch())
 
 
-def _be_a_worker() -> None:
-    """One thread for the tokenizer; end with the process that started this one."""
-    os.environ.setdefault("RAYON_NUM_THREADS", "1")  # read when the tokenizer is first used
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "end with parent" not in {thread.name for thread in threading.enumerate()}:
-        threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocess.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)  # it was killed: a run that goes on with its work must not find this one at it
-
-
 def run_tasks(work: Work, plan: Plan, executor: Executor, progress: bool) -> None:
     """Do all unfinished tasks here or on Ray, and return when they are done.
 
     Raises:
         UserError: of a task.
-        WorkerKilled: a worker ended without a word.
+        WorkerKilled: a worker of this machine ended without a word.
     """
     rows = [source.rows for source in plan.sources]
     total = None if None in rows else sum(row or 0 for row in rows)
     build = _local if executor.kind == "local" else _ray
-    with watched(work, len(plan.tasks), total, progress), _children_end_with_this():
+    with shown(work, total, progress):
         build(work, plan, executor).run()
 
 
-@contextlib.contextmanager
-def _children_end_with_this() -> Iterator[None]:
-    """Have what is forked in the block be killed when this process is: the engine's manager would stay for ever."""
-    global _forking
-    _forking = True
-    try:
-        yield
-    finally:
-        _forking = False
-
-
-def _after_fork() -> None:
-    if _forking and _libc is not None:
-        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-_forking = False
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # now: a forked child may have to wait for a lock
-os.register_at_fork(after_in_child=_after_fork)
-
-
 def _local(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:
-    workers, step = min(executor.workers, len(plan.tasks)), EncodeStep(str(work.folder))
-    if workers == 1:
-        return InThisProcess([step], len(plan.tasks), 1, logging_dir=_logs(work, plan))
-    _start_forkserver()
-    return LocalPipelineExecutor([step], len(plan.tasks), workers, logging_dir=_logs(work, plan))
+    step, workers = EncodeStep(str(work.folder)), min(executor.workers, len(plan.tasks))
+    return OnThisMachine([step], len(plan.tasks), workers, logging_dir=_logs(work, plan))
 
 
-class InThisProcess(LocalPipelineExecutor):
-    """The local executor without its pool, the manager process of that, and a log file for each task.
+class OnThisMachine(LocalPipelineExecutor):
+    """The local executor with this project's pool in place of its own, and without a log file for each task.
 
-    Forking the manager from this process would have every page that the tokenizer writes to copied: encoding takes 15 %
-    longer, and starting 0.1 s. Opening the log takes 10 ms.
+    One worker is this process. (datatrove forks a manager process: every page that the tokenizer writes to would be
+    copied, encoding takes 15 % longer. Opening the log takes 10 ms.)
     """
 
     def run(self) -> None:
-        """Do what is not complete, one task after the other."""
-        for rank in self.get_incomplete_ranks():
-            steps = deepcopy(self.pipeline)  # each task has statistics of its own
-            for step in steps:
-                step(None, rank, self.world_size)
-            with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
-                PipelineStats(steps).save_to_disk(file)
-            self.mark_rank_as_completed(rank)
+        """Do what is not complete."""
+        ranks = self.get_incomplete_ranks()
+        if self.workers == 1:
+            for rank in ranks:
+                self.run_rank(rank)
+        else:
+            pool.each(self.run_in_worker, ranks, self.workers)
+
+    def run_in_worker(self, rank: int) -> None:
+        """Do one task with one thread for the tokenizer."""
+        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # read when the tokenizer is first used
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.run_rank(rank)
+
+    def run_rank(self, rank: int) -> None:
+        """Do one task, write its statistics and mark it complete."""
+        steps = deepcopy(self.pipeline)  # each task has statistics of its own
+        for step in steps:
+            step(None, rank, self.world_size)
+        with self.logging_dir.open(f"stats/{rank:05d}.json", "w") as file:
+            PipelineStats(steps).save_to_disk(file)
+        self.mark_rank_as_completed(rank)
 
 
 def _ray(work: Work, plan: Plan, executor: Executor) -> PipelineExecutor:
@@ -249,9 +215,3 @@ def _mark_completed(logs: Path, work: Work, plan: Plan) -> None:
     for number in work.done():
         if is_done(work, plan, number):
             (marks / f"{number:05d}").touch()
-
-
-def _start_forkserver() -> None:
-    """Have workers ignore Ctrl-C, which reaches the whole group: this process decides."""
-    with handled(signal.SIGINT, signal.SIG_IGN):
-        multiprocess.forkserver.ensure_running()
