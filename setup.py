@@ -25,6 +25,7 @@ DATA = [
     "tiktoken>=0.9",  # the same for rank files and tekken.json
     "sentencepiece>=0.2.1",  # the same for SentencePiece models
     "protobuf",  # which sentencepiece needs to show a model's pieces
+    "xxhash>=3.1",  # checksums of data at the speed of memory
     "datatrove>=0.10,<0.11",  # runs the tasks: here, on Slurm, on Ray; its executors' attributes are used
     "huggingface-hub>=1.6",  # FineWeb-Edu from the hub
 ]

@@ -10,8 +10,9 @@ import numpy as np
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 
 from megatron_act import gpt_data
+from megatron_act.data.checksum import file_sha256
 from megatron_act.data.indexed import bin_path, read_index
-from megatron_act.data.manifest import file_sha256, manifest_of
+from megatron_act.data.manifest import manifest_of
 from megatron_act.errors import UserError
 from megatron_act.preflight_finding import Finding, caught, failed
 

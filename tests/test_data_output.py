@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import xxhash
 from data_support import (
     read_documents,
     reference_ids,
@@ -33,6 +34,10 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, Indexe
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def xxh3(path: Path) -> str:
+    return "xxh3_128:" + xxhash.xxh3_128_hexdigest(path.read_bytes())
 
 
 def naive(prefix: Path, documents: Sequence[list[int]], vocab_size: int) -> Path:
@@ -132,7 +137,7 @@ def test_shards_are_the_whole_in_pieces(tmp_path: Path) -> None:
         assert [item for shard in shards for item in shard] == read_documents(tmp_path / f"whole_{part}")
     assert made["tokens"] == whole["tokens"] and made["documents"] == whole["documents"]
     for item in made["outputs"]:
-        assert item["bin"]["sha256"] == sha256(tmp_path / item["bin"]["file"])
+        assert item["bin"]["checksum"] == xxh3(tmp_path / item["bin"]["file"])
 
 
 def test_a_task_gets_its_share_of_bytes() -> None:
@@ -190,14 +195,14 @@ def test_manifest_tells_the_truth(tmp_path: Path) -> None:
         "drop_invalid_text": False,
     }
     assert manifest["sources"] == [
-        {"file": str(path), "bytes": path.stat().st_size, "sha256": sha256(path), "rows": rows}
+        {"file": str(path), "bytes": path.stat().st_size, "checksum": xxh3(path), "rows": rows}
         for path, rows in ((one, 5), (two, 2))
     ]
     [output] = manifest["outputs"]
     assert (output["documents"], output["tokens"]) == (2, tokens)
     for suffix in ("bin", "idx"):
         path = out.parent / output[suffix]["file"]
-        assert output[suffix] == {"file": f"out.{suffix}", "bytes": path.stat().st_size, "sha256": sha256(path)}
+        assert output[suffix] == {"file": f"out.{suffix}", "bytes": path.stat().st_size, "checksum": xxh3(path)}
     assert manifest["command"] == "the command" and manifest["text_column"] == "text"
     assert all(manifest["versions"][name] for name in ("fastokens", "datatrove", "pyarrow"))
 

@@ -1,6 +1,7 @@
 """Where documents come from: the same rows in any format and place give the same files; every fault is one line."""
 
 import gzip
+import hashlib
 import json
 import os
 import signal
@@ -157,7 +158,9 @@ def test_a_configuration_of_the_hub(config: str, folder: str, hub: Hub, tmp_path
     sources = json.loads((tmp_path / "out.manifest.json").read_text())["sources"]
     for source, local in zip(sources, here["sources"], strict=True):
         name = f"{folder}/{Path(local['file']).name}"
-        assert source == {**local, "file": f"hf://datasets/{DATASET}@{COMMIT}/{name}"}
+        checksum = "sha256:" + hashlib.sha256((tmp_path / "hub" / name).read_bytes()).hexdigest()
+        file = f"hf://datasets/{DATASET}@{COMMIT}/{name}"
+        assert source == {**local, "file": file, "checksum": checksum}
     assert {path.name for path in tmp_path.iterdir()} == {
         "hub",
         *(f"{n}.{s}" for n in ("out", "here") for s in ("bin", "idx", "manifest.json")),

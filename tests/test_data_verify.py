@@ -9,7 +9,7 @@ import pytest
 from data_support import call_tool, read_documents, same_files, sample_texts, tokenizer_folder, write_parquet
 
 from megatron_act.compat import install_typing_override
-from megatron_act.data.manifest import file_sha256
+from megatron_act.data.checksum import file_checksum
 from megatron_act.data.merge import merge
 from megatron_act.data.preprocess import make_plan, preprocess, run
 from megatron_act.data.verify import verify
@@ -54,14 +54,14 @@ def forge_tokens(prefix: Path, place: int, value: int) -> None:
     tokens = np.fromfile(f"{prefix}.bin", "<u2")
     tokens[place] = value
     tokens.tofile(f"{prefix}.bin")
-    edit(prefix, lambda manifest: manifest["outputs"][0]["bin"].update(sha256=file_sha256(Path(f"{prefix}.bin"))))
+    edit(prefix, lambda manifest: manifest["outputs"][0]["bin"].update(checksum=file_checksum(Path(f"{prefix}.bin"))))
 
 
 def forge_offsets(prefix: Path) -> None:
     """Let the second document start one byte late, and the manifest agree."""
     index = Path(f"{prefix}.idx")
     flip(index, 34 + 4 * 40 + 8)
-    edit(prefix, lambda manifest: manifest["outputs"][0]["idx"].update(sha256=file_sha256(index)))
+    edit(prefix, lambda manifest: manifest["outputs"][0]["idx"].update(checksum=file_checksum(index)))
 
 
 def cut_tokens(prefix: Path) -> None:
@@ -70,11 +70,11 @@ def cut_tokens(prefix: Path) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a bit of the tokens": (lambda prefix: flip(Path(f"{prefix}.bin"), 1000), "out.bin, sha256: expected"),
+    "a bit of the tokens": (lambda prefix: flip(Path(f"{prefix}.bin"), 1000), "out.bin, checksum: expected"),
     "a token short": (cut_tokens, "out.bin, bytes: expected"),
     "no tokens": (lambda prefix: Path(f"{prefix}.bin").unlink(), "out.bin: expected a file, got none"),
-    "a bit of the index": (lambda prefix: flip(Path(f"{prefix}.idx"), 40), "out.idx, sha256: expected"),
-    "an offset, checksum forged": (forge_offsets, "out.idx, sha256 of what its lengths imply"),
+    "a bit of the index": (lambda prefix: flip(Path(f"{prefix}.idx"), 40), "out.idx, checksum: expected"),
+    "an offset, checksum forged": (forge_offsets, "out.idx, checksum of what its lengths imply"),
     "an id too large, checksum forged": (
         lambda p: forge_tokens(p, 3, 60000),
         "ids outside the vocabulary: expected 0, got 1",
@@ -83,7 +83,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: forge_tokens(p, -1, 5),
         "sequences that do not end with EOD: expected 0, got 1",
     ),
-    "a source": (lambda prefix: flip(prefix.with_name("a.parquet"), 50), "a.parquet, sha256: expected"),
+    "a source": (lambda prefix: flip(prefix.with_name("a.parquet"), 50), "a.parquet, checksum: expected"),
     "the tokenizer": (lambda prefix: flip(prefix.with_name("tokenizer.json"), 3), "tokenizer.json, sha256: expected"),
     "documents": (
         lambda p: edit(p, lambda m: m["outputs"][0].update(documents=41)),
@@ -173,8 +173,8 @@ def test_merged_shards_are_the_unsharded_output(tmp_path: Path) -> None:
     manifest = json.loads((tmp_path / "merged.manifest.json").read_text())
     for name in ("vocab_size", "eod_token", "eod_id", "dtype", "tokens", "tokenizer"):
         assert manifest[name] == whole[name]
-    assert [part["bin"]["sha256"] for part in manifest["merged_from"]] == [
-        file_sha256(tmp_path / f"s_{shard:05d}.bin") for shard in range(3)
+    assert [part["bin"]["checksum"] for part in manifest["merged_from"]] == [
+        file_checksum(tmp_path / f"s_{shard:05d}.bin") for shard in range(3)
     ]
     assert call_tool("verify", tmp_path / "merged").returncode == 0
     assert len(read_documents(tmp_path / "merged")) == 200

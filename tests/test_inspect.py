@@ -207,7 +207,7 @@ def test_a_changed_data_set_differs_from_its_manifest(ours: Path, tmp_path: Path
         (tmp_path / "leads.manifest.json").write_text("{")
     done = inspect(tmp_path / "leads", "--verify")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert {"token": "sha256", "missing": "manifest", "manifest": "JSON"}[change] in done.stderr
+    assert {"token": "checksum", "missing": "manifest", "manifest": "JSON"}[change] in done.stderr
 
 
 DAMAGE = {

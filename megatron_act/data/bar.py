@@ -1,6 +1,7 @@
 """A bar of the documents that all workers have read, from what they note in the work folder."""
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,10 @@ def shown(work: Work, rows: int | None, progress: bool) -> Iterator[None]:
         rows: of all sources; None where unknown.
         progress: show a bar on standard error when that is a terminal.
     """
-    with tqdm(total=rows, desc="tokenizing", unit="doc", disable=None if progress else True) as bar:
-        if bar.disable:
-            yield
-            return
+    if not (progress and sys.stderr.isatty()):
+        yield
+        return
+    with tqdm(total=rows, desc="tokenizing", unit="doc") as bar:
         end = threading.Event()
         thread = threading.Thread(target=_update, args=(bar, work, end), daemon=True)
         thread.start()

@@ -10,7 +10,6 @@ most of Megatron), and its tables grow as Python lists; the tests hold both file
 """
 
 import contextlib
-import hashlib
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import IO
 
 import numpy as np
 
+from megatron_act.data.checksum import Checksum
 from megatron_act.errors import UserError
 
 DTYPE_CODES = {  # of megatron.core.datasets.indexed_dataset.DType; text is int32 or uint16
@@ -109,30 +109,30 @@ def read_index(prefix: str | Path) -> tuple[Part, np.dtype]:
     return Part(tokens, lengths, Table(path, "<i8", marks, HEADER.size + 12 * sequences)), np.dtype(kinds[code])
 
 
-def write_pair(prefix: Path, parts: Sequence[Part], dtype: np.dtype, sha256: str | None = None) -> dict[str, dict]:
+def write_pair(prefix: Path, parts: Sequence[Part], dtype: np.dtype, checksum: str | None = None) -> dict[str, dict]:
     """Write `.bin` and `.idx` of all parts, in order.
 
     Args:
-        sha256: of the one part's tokens, if known; they are then linked, not copied, where the file system allows it.
+        checksum: of the one part's tokens, if known; they are then linked, not copied, where the file system allows it.
 
     Returns:
-        {"bin": {"file", "bytes", "sha256"}, "idx": ...}
+        {"bin": {"file", "bytes", "checksum"}, "idx": ...}
     """
     data, index = bin_path(prefix), idx_path(prefix)
-    if sha256 is None or not _linked(parts[0].tokens, data):
-        sha256 = _hashed_file(data, lambda file: _copy([part.tokens for part in parts], file))
-    checksum = _hashed_file(index, lambda file: _write_index(file, parts, dtype))
+    if checksum is None or not _linked(parts[0].tokens, data):
+        checksum = _hashed_file(data, lambda file: _copy([part.tokens for part in parts], file))
+    of_index = _hashed_file(index, lambda file: _write_index(file, parts, dtype))
     return {
-        "bin": {"file": data.name, "bytes": data.stat().st_size, "sha256": sha256},
-        "idx": {"file": index.name, "bytes": index.stat().st_size, "sha256": checksum},
+        "bin": {"file": data.name, "bytes": data.stat().st_size, "checksum": checksum},
+        "idx": {"file": index.name, "bytes": index.stat().st_size, "checksum": of_index},
     }
 
 
-def index_sha256(parts: Sequence[Part], dtype: np.dtype) -> str:
+def index_checksum(parts: Sequence[Part], dtype: np.dtype) -> str:
     """The checksum that the index of these parts must have: offsets follow from lengths."""
     hashing = _Hashing(None)
     _write_index(hashing, parts, dtype)
-    return hashing.sha256.hexdigest()
+    return str(hashing.checksum)
 
 
 def _linked(source: Path, target: Path) -> bool:
@@ -146,20 +146,20 @@ class _Hashing:
     """A file that hashes what is written to it."""
 
     def __init__(self, file: IO[bytes] | None) -> None:
-        self._file, self.sha256 = file, hashlib.sha256()
+        self._file, self.checksum = file, Checksum()
 
     def write(self, data: bytes | memoryview) -> None:
         """Write, if there is a file, and hash."""
         if self._file:
             self._file.write(data)
-        self.sha256.update(data)
+        self.checksum.update(data)
 
 
 def _hashed_file(path: Path, fill: Callable[[_Hashing], None]) -> str:
     with path.open("wb") as file:
         hashing = _Hashing(file)
         fill(hashing)
-    return hashing.sha256.hexdigest()
+    return str(hashing.checksum)
 
 
 def _copy(sources: Sequence[Path], file: _Hashing) -> None:

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_act.data.checksum import file_sha256
 from megatron_act.data.inspect_text import Decoder, NoDecoder, open_decoder
-from megatron_act.data.manifest import file_sha256, read_manifest
+from megatron_act.data.manifest import read_manifest
 from megatron_act.data.verify import verify as recheck
 from megatron_act.errors import UserError
 

@@ -74,7 +74,7 @@ def _write(work: Work, plan: Plan, results: Sequence[dict], output: Output, stag
         work.forget()  # no use to a run that goes on
         raise UserError(_nothing(output, plan, results))
     parts = [_part(work.task(task), part, count["documents"]) for task, count in zip(tasks, counts, strict=True)]
-    known = counts[0]["sha256"] if len(tasks) == 1 else None
+    known = counts[0]["checksum"] if len(tasks) == 1 else None
     files = write_pair(staging / Path(output.stem).name, parts, token_dtype(plan.job.tokenizer.vocab_size), known)
     return {"name": output.name, "documents": documents, "tokens": tokens, **files}
 

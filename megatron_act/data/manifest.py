@@ -1,6 +1,5 @@
 """What a data set was made from and by, as JSON: enough to make it again and to check it."""
 
-import hashlib
 import json
 import platform
 import re
@@ -12,23 +11,18 @@ from pathlib import Path
 from megatron_act.data.indexed import token_dtype
 from megatron_act.data.plan import Plan
 
-FORMAT = "megatron_act.dataset/1"
+FORMAT = "megatron_act.dataset/2"
 PACKAGES = ("megatron-act", "datatrove", "numpy", "pyarrow", "fastokens", "tokenizers", "tiktoken", "sentencepiece")
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_manifest(plan: Plan, outputs: Sequence[dict], results: Sequence[dict]) -> dict:
     """The manifest of one run.
 
-    Keys: `format`; `outputs` (per pair of files: name of the part; bin and idx with file, bytes, sha256; documents,
+    Keys: `format`; `outputs` (per pair of files: name of the part; bin and idx with file, bytes, checksum; documents,
     tokens); `documents` (read, kept, dropped by reason); `tokens`; `vocab_size`; `eod_token`; `eod_id`; `dtype`;
     `tokenizer` (file, kind, pattern, sha256, encoder: the library that ran it); `special_tokens_in_text`;
-    `text_column`; `filters`; `split`; `sources` (file, bytes, sha256, rows); `command`; `versions`.
+    `text_column`; `filters`; `split`; `sources` (file, bytes, checksum, rows); `command`; `versions`.
+    Checksums are `xxh3_128:...`; of a file of the hub `sha256:...`, the hub's own.
     No time, host, number of tasks or of workers of its own: equal input gives an equal manifest.
     """
     tokenizer, split = plan.job.tokenizer, plan.job.split
@@ -65,15 +59,15 @@ def all_dropped(results: Sequence[dict]) -> dict[str, int]:
 
 
 def _sources(plan: Plan, results: Sequence[dict]) -> list[dict]:
-    """File, bytes, sha256 and rows of each source, from what the tasks saw of it."""
+    """File, bytes, checksum and rows of each source, from what the tasks saw of it."""
     rows: Counter[int] = Counter()
     checksums: dict[int, str] = {}
     for result in results:
         for number, seen in result["sources"].items():
             rows[int(number)] += seen["rows"]
-            checksums[int(number)] = seen["sha256"] or checksums.get(int(number), "")
+            checksums[int(number)] = seen["checksum"] or checksums.get(int(number), "")
     return [
-        {"file": source.path, "bytes": source.size_bytes, "sha256": checksums[number], "rows": rows[number]}
+        {"file": source.path, "bytes": source.size_bytes, "checksum": checksums[number], "rows": rows[number]}
         for number, source in enumerate(plan.sources)
     ]
 

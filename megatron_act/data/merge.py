@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_act.data.checksum import file_checksum
 from megatron_act.data.indexed import Part, bin_path, idx_path, read_index, write_pair
-from megatron_act.data.manifest import FORMAT, file_sha256, manifest_of, versions, write_manifest
+from megatron_act.data.manifest import FORMAT, manifest_of, versions, write_manifest
 from megatron_act.data.plan import WHOLE, final_paths, outputs
 from megatron_act.data.staging import check_absent, publish, staging_folder
 from megatron_act.errors import UserError
@@ -25,7 +26,7 @@ def merge(
 
     Returns:
         The manifest: `outputs`, `documents` {"kept"}, `tokens`, `dtype`, `merged_from` (prefix; bin and idx with bytes
-        and sha256); `vocab_size`, `eod_token`, `eod_id`, `tokenizer` where the parts' own manifests agree, else null.
+        and checksum); `vocab_size`, `eod_token`, `eod_id`, `tokenizer` where the parts' own manifests agree, else null.
 
     Raises:
         UserError: no such pair, different dtypes, a `.bin` of another length than its index says, or an output that
@@ -78,5 +79,5 @@ def _shared(prefixes: Sequence[str | Path]) -> dict:
 
 def _identity(prefix: str | Path) -> dict:
     files = {"bin": bin_path(prefix), "idx": idx_path(prefix)}
-    described = {kind: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for kind, path in files.items()}
+    described = {kind: {"bytes": path.stat().st_size, "checksum": file_checksum(path)} for kind, path in files.items()}
     return {"prefix": str(prefix), **described}

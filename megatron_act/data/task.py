@@ -3,7 +3,6 @@
 What it writes depends on the plan and the task's number alone, so it may be done twice, anywhere, in any order.
 """
 
-import hashlib
 import json
 import os
 from collections import Counter
@@ -16,12 +15,12 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
+from megatron_act.data.checksum import Checksum, file_checksum
 from megatron_act.data.columns import BATCH_BYTES
 from megatron_act.data.cuts import Cut, cut_of, pieces
 from megatron_act.data.filters import byte_lengths, keep_mask, text_bytes
 from megatron_act.data.hub import is_hub
 from megatron_act.data.indexed import token_dtype
-from megatron_act.data.manifest import file_sha256
 from megatron_act.data.plan import Plan, Stretch, stretches
 from megatron_act.data.source import Source, fetch, inspect, read
 from megatron_act.data.stopwatch import Stopwatch
@@ -38,8 +37,8 @@ class Result:
         inputs: (path, bytes, stamp) of each source, for `is_done`.
         rows, text_bytes: read, dropped ones included; bytes of the kept texts.
         dropped: rows left out, by reason.
-        parts: per part {"documents", "tokens", "sha256" (None where the tokens become part of a larger file)}.
-        sources: by the source's number: {"rows" read of it by this task, "sha256" if this task was the one to take it}.
+        parts: per part {"documents", "tokens", "checksum" (None where the tokens become part of a larger file)}.
+        sources: by the source's number: {"rows" read by this task, "checksum" if this task was the one to take it}.
         seconds: by stage.
     """
 
@@ -59,14 +58,14 @@ class PartWriter:
         self.documents, self.tokens = 0, 0
         self._bin = (folder / f"{part}.bin").open("wb")
         self._lengths = (folder / f"{part}.len").open("wb")
-        self._sha256 = hashlib.sha256() if hashed else None
+        self._checksum = Checksum() if hashed else None
 
     def append(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append documents end to end; lengths int32 [documents]."""
         self._bin.write(tokens.data)
         self._lengths.write(lengths.data)
-        if self._sha256:
-            self._sha256.update(tokens.data)
+        if self._checksum:
+            self._checksum.update(tokens.data)
         self.documents += len(lengths)
         self.tokens += len(tokens)
 
@@ -74,8 +73,8 @@ class PartWriter:
         """Close both files, and the part's entry of the result."""
         self._bin.close()
         self._lengths.close()
-        checksum = self._sha256.hexdigest() if self._sha256 else None
-        return {"documents": self.documents, "tokens": self.tokens, "sha256": checksum}
+        checksum = str(self._checksum) if self._checksum else None
+        return {"documents": self.documents, "tokens": self.tokens, "checksum": checksum}
 
 
 def is_done(work: Work, plan: Plan, number: int) -> bool:
@@ -133,8 +132,8 @@ class _Task:
             self._batch(batch)
             os.pwrite(self.progress.fileno(), self.result.rows.to_bytes(8, "little"), 0)
         with self.clock.stage("checksum of sources"):
-            checksum = source.sha256 or (file_sha256(path) if stretch.start == 0 else None)
-        self.result.sources[str(stretch.source)] = {"rows": self.result.rows - before, "sha256": checksum}
+            checksum = _checksum(source, path) if stretch.start == 0 or source.sha256 else None
+        self.result.sources[str(stretch.source)] = {"rows": self.result.rows - before, "checksum": checksum}
         if is_hub(source.path) and not self.keep:
             path.unlink()
 
@@ -205,6 +204,10 @@ class _Task:
                 f"expected an id in every row, got {ids.null_count} nulls in '{self.job.columns.id}'; drop --split"
             )
         return self.job.split.part_of(ids.to_pylist())
+
+
+def _checksum(source: Source, path: Path) -> str:
+    return f"sha256:{source.sha256}" if source.sha256 else file_checksum(path)
 
 
 def append_eod(ids: np.ndarray, offsets: np.ndarray, eod_id: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_act.data.checksum import file_checksum, file_sha256
 from megatron_act.data.hub import is_hub
-from megatron_act.data.indexed import Part, index_sha256, read_index
-from megatron_act.data.manifest import FORMAT, file_sha256, read_manifest
+from megatron_act.data.indexed import Part, index_checksum, read_index
+from megatron_act.data.manifest import FORMAT, read_manifest
 from megatron_act.errors import UserError
 
 BLOCK_TOKENS = 4 << 20
@@ -66,7 +67,9 @@ def _check_output(findings: Findings, folder: Path, output: dict, manifest: dict
     name = output["idx"]["file"]
     findings.same(f"{name}, dtype", manifest["dtype"], dtype.name)
     findings.same(f"{name}, documents", output["documents"], part.marks.count - 1)
-    findings.same(f"{name}, sha256 of what its lengths imply", output["idx"]["sha256"], index_sha256([part], dtype))
+    findings.same(
+        f"{name}, checksum of what its lengths imply", output["idx"]["checksum"], index_checksum([part], dtype)
+    )
     tokens = sum(int(lengths.sum(dtype=np.int64)) for lengths in part.lengths.chunks())
     findings.same(f"{name}, tokens", output["tokens"], tokens)
     if findings.same(f"{output['bin']['file']}, bytes", tokens * dtype.itemsize, part.tokens.stat().st_size):
@@ -79,7 +82,7 @@ def _check_file(findings: Findings, path: Path, entry: dict) -> bool:
         findings.problems.append(f"{path}: expected a file, got none")
         return False
     same_size = findings.same(f"{path}, bytes", entry["bytes"], path.stat().st_size)
-    return same_size and findings.same(f"{path}, sha256", entry["sha256"], file_sha256(path))
+    return same_size and findings.same(f"{path}, checksum", entry["checksum"], file_checksum(path))
 
 
 def _check_tokens(findings: Findings, part: Part, dtype: np.dtype, manifest: dict) -> None:

@@ -20,7 +20,8 @@ from megatron_act.checkpoint.export import export
 from megatron_act.checkpoint.verify import TOLERANCE, verify_all
 from megatron_act.data import sample_path
 from megatron_act.data.bpe import train_bpe
-from megatron_act.data.manifest import file_sha256, read_manifest
+from megatron_act.data.checksum import file_checksum
+from megatron_act.data.manifest import read_manifest
 from megatron_act.data.preprocess import preprocess
 from megatron_act.data.source import expand_inputs, iter_texts
 from megatron_act.data.split import parse_split
@@ -84,8 +85,8 @@ def _is_prepared(inputs: Sequence[str], folder: Path) -> bool:
     path = folder / "text.manifest.json"
     if not path.is_file() or not (folder / "tokenizer" / "tokenizer.json").is_file():
         return False
-    recorded = [source["sha256"] for source in read_manifest(path)["sources"]]
-    return recorded == [file_sha256(source) for source in expand_inputs(inputs)]
+    recorded = [source["checksum"] for source in read_manifest(path)["sources"]]
+    return recorded == [file_checksum(source) for source in expand_inputs(inputs)]
 
 
 def base_flags(steps: int) -> Flags:
