@@ -154,7 +154,7 @@ def run_tool(
 ) -> subprocess.CompletedProcess[str]:
     """Run a tool to its end, in a process of its own."""
     line = command(*arguments, tool=tool)
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=500, **options)
 
 
 def call_tool(*arguments: object) -> subprocess.CompletedProcess[str]:

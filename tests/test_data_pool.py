@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from megatron_act.data.pool import WorkerKilled, each
 from megatron_act.data.preprocess import make_plan, run
 
 WORDS = ["one two three"] * 100
+
+
+@pytest.fixture(autouse=True)
+def _none_is_left() -> Iterator[None]:
+    before = set(multiprocessing.active_children())
+    yield
+    assert set(multiprocessing.active_children()) <= before
 
 
 def leave_a_file(path: Path) -> None:
@@ -29,7 +37,7 @@ def kill_idle_worker(folder: Path) -> None:
             time.sleep(0.01)
         time.sleep(0.2)
         os.kill(int((folder / "idle.pid").read_text()), signal.SIGKILL)
-        time.sleep(60)
+        time.sleep(3600)
     else:
         aside = folder / "idle"
         aside.write_text(str(os.getpid()))
@@ -39,7 +47,7 @@ def kill_idle_worker(folder: Path) -> None:
 def fail_or_sleep(number: int) -> None:
     if number == 0:
         raise ValueError("of job 0")
-    time.sleep(60)
+    time.sleep(3600)
 
 
 class KilledBeforeItReports(engine.EncodeStep):
@@ -55,7 +63,6 @@ def test_each_item_once_in_other_processes(tmp_path: Path) -> None:
     each(leave_a_file, files, workers=3)
     processes = {tuple(map(int, file.read_text().split())) for file in files}
     assert 1 <= len(processes) <= 3 and os.getpid() not in {pid for pid, _ in processes}
-    assert not multiprocessing.active_children()
 
 
 def test_killed_between_a_task_and_its_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,7 +72,6 @@ def test_killed_between_a_task_and_its_report(tmp_path: Path, monkeypatch: pytes
     plan = make_plan([source], tokenizer_folder("bpe"), tmp_path / "out", tasks=2)
     with pytest.raises(WorkerKilled, match="go on with --resume"):
         run(plan, engine.Executor(workers=2))
-    assert not multiprocessing.active_children()
     monkeypatch.undo()
     manifest = run(
         make_plan([source], tokenizer_folder("bpe"), tmp_path / "out", resume=True),
@@ -77,13 +83,10 @@ def test_killed_between_a_task_and_its_report(tmp_path: Path, monkeypatch: pytes
 
 def test_killed_while_idle(tmp_path: Path) -> None:
     """It holds the lock of the queue of jobs then."""
-    start = time.monotonic()
     with pytest.raises(WorkerKilled):
         each(kill_idle_worker, [tmp_path, tmp_path], workers=2)
-    assert not multiprocessing.active_children() and time.monotonic() - start < 30
 
 
 def test_the_first_error_ends_the_others() -> None:
     with pytest.raises(ValueError, match="of job 0"):
         each(fail_or_sleep, range(6), workers=2)
-    assert not multiprocessing.active_children()

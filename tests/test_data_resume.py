@@ -1,11 +1,14 @@
 """A run that is ended by anything goes on with --resume, doing only what is undone; nothing partial looks whole."""
 
+import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,25 @@ SUFFIXES = (".bin", ".idx", ".manifest.json")
 
 
 def start_long_run(folder: Path, *flags: object, **options: Any) -> subprocess.Popen[str]:
-    """A run with two workers and 24 tasks on 12 files, returned once two of its tasks are done."""
+    """A run with two workers and 24 tasks on 12 files: some are done, from the 12th on they wait (see `hold`)."""
     for copy in range(12):
         write_parquet(folder / f"{copy:02d}.parquet", row_group_size=50, text=sample_texts())
+    hold(folder).write_text("12")
     process = start(folder, *flags, **options)
-    wait_for(process, folder, lambda: len(done(folder)) >= 2)
+    wait_for(process, lambda: len(done(folder)) >= 2 and len(workers(process)) == 2)
     return process
+
+
+def hold(folder: Path) -> Path:
+    """The file that says which task is the first to wait."""
+    return folder.with_name(folder.name + ".hold")
 
 
 def start(folder: Path, *flags: object, **options: Any) -> subprocess.Popen[str]:
     arguments = ["--input", folder, "--tokenizer", tokenizer_folder("bpe"), "--output-prefix", folder / "out"]
     line = command(*arguments, "--workers", 2, "--tasks", 24, *flags)
+    line[1] = str(ROOT / "tests" / "held_tasks.py")
+    options["env"] = {**os.environ, "HOLD": str(hold(folder))}
     return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -39,16 +50,23 @@ def done(folder: Path) -> list[str]:
     return sorted(path.parent.name for path in folder.glob("out.work/tasks/[0-9][0-9][0-9][0-9][0-9]/result.json"))
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, condition) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + 60
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
 
 
 def descendants(pid: int) -> list[int]:
-    children = [int(item) for item in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    children: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        children = [int(item) for item in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return children + [below for child in children for below in descendants(child)]
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    """What the fork server has started."""
+    return [pid for pid in descendants(process.pid) if parent_of(pid) != process.pid]
 
 
 def parent_of(pid: int) -> int:
@@ -56,7 +74,7 @@ def parent_of(pid: int) -> int:
 
 
 def assert_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while alive := [pid for pid in pids if is_running(pid)]:
         assert time.monotonic() < deadline, alive
         time.sleep(0.05)
@@ -94,10 +112,12 @@ def test_kill_9_then_resume(tmp_path: Path) -> None:
     plain = start(tmp_path)
     assert f"expected no unfinished run, got {len(kept)} finished tasks" in plain.communicate()[1]
     assert plain.returncode == 2
+    hold(tmp_path).write_text("18")
     resumed = start(tmp_path, "--resume")
-    wait_for(resumed, tmp_path, lambda: len(done(tmp_path)) > len(kept))
+    wait_for(resumed, lambda: len(done(tmp_path)) > len(kept))
     for name, changed in kept.items():
         assert (tmp_path / "out.work/tasks" / name / "result.json").stat().st_mtime_ns == changed
+    hold(tmp_path).unlink()
     assert (resumed.communicate()[1], resumed.returncode) == ("", 0)
     assert_whole(tmp_path)
 
@@ -106,14 +126,15 @@ def test_kill_9_at_random_moments(tmp_path: Path) -> None:
     """The whole run, at 5 moments from its start to its end; the 6th is left alone."""
     rng = random.Random(3)
     process = start_long_run(tmp_path)
+    hold(tmp_path).unlink()
     for _ in range(5):
         time.sleep(rng.random() ** 2)
         process.kill()
         process.communicate()
-        if not done(tmp_path) and (tmp_path / "out.manifest.json").exists():
-            break  # it had finished
-        assert not (tmp_path / "out.manifest.json").exists() or (tmp_path / "out.work/publishing").exists()
-        process = start(tmp_path, "--resume")
+        work = tmp_path / "out.work"
+        published = (tmp_path / "out.manifest.json").exists()
+        assert not published or not work.exists() or (work / "publishing").exists()
+        process = start(tmp_path, "--resume")  # of a finished run does nothing, well
     assert (process.communicate()[1], process.returncode) == ("", 0)
     assert_whole(tmp_path)
 
@@ -125,14 +146,13 @@ def test_a_killed_worker_ends_the_run(tmp_path: Path) -> None:
     """
     process = start_long_run(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     others = descendants(process.pid)
-    workers = [pid for pid in others if parent_of(pid) != process.pid]
-    assert len(workers) == 2
-    os.kill(workers[0], signal.SIGKILL)
-    errors = process.communicate(timeout=60)[1]
+    os.kill(workers(process)[0], signal.SIGKILL)
+    errors = process.communicate(timeout=300)[1]
     assert errors.splitlines()[-1].startswith("error: unexpected WorkerKilled: a worker process was killed, most often")
     assert process.returncode == 1
     assert_gone(others)
     assert outputs(tmp_path) == {"out.work"}
+    hold(tmp_path).unlink()
     resumed = start(tmp_path, "--resume")
     assert (resumed.communicate()[1], resumed.returncode) == ("", 0)
     assert_whole(tmp_path)
@@ -144,7 +164,7 @@ def test_interrupted(notice: signal.Signals, tmp_path: Path) -> None:
     process = start_long_run(tmp_path)
     others = descendants(process.pid)
     process.send_signal(notice)
-    errors = process.communicate(timeout=60)[1].splitlines()
+    errors = process.communicate(timeout=300)[1].splitlines()
     kept = len(done(tmp_path))
     assert errors == [
         f"WARNING: {kept} of 24 tasks are kept in {tmp_path}/out.work: --resume goes on",
@@ -241,6 +261,29 @@ def test_resume_of_what_is_finished_changes_nothing(tmp_path: Path) -> None:
     other = call_tool("--input", *files[1:], *arguments, "--resume")
     assert other.returncode == 2 and "expected a new output" in other.stderr
     assert outputs(tmp_path) == {f"out{suffix}" for suffix in SUFFIXES}
+
+
+def test_what_a_finished_run_was_killed_at_goes_with_the_next(tmp_path: Path) -> None:
+    files, done_before = six_files(tmp_path), tmp_path / "out.work-done-99999"
+    for resume in (False, True):
+        (done_before / "tasks").mkdir(parents=True)
+        run(make_plan(files, tokenizer_folder("bpe"), tmp_path / "out", resume=resume), resume=resume)
+        assert outputs(tmp_path) == {f"out{suffix}" for suffix in SUFFIXES}
+
+
+def test_another_run_that_ends_just_now_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removes the folder between this one's making and opening it."""
+    opened: list[Path] = []
+
+    def removed_at_first(path: Path, *arguments: Any, real: Any = Path.open, **options: Any) -> Any:
+        if path.name == "lock" and not opened:
+            opened.append(path)
+            shutil.rmtree(path.parent)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", removed_at_first)
+    with locked(tmp_path / "out") as work:
+        assert opened == [work.folder / "lock"] and opened[0].exists()
 
 
 def test_two_runs_into_one_output(tmp_path: Path) -> None:

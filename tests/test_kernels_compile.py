@@ -18,6 +18,8 @@ import pytest
 
 from megatron_act.kernels import api as kernels
 
+pytestmark = pytest.mark.timeout(1800)  # of which setting up takes most
+
 HERE = Path(__file__).parent
 CAPABILITIES = (80, 90, 100)
 ISSUE_PER_BYTE = 132 * 4 * 32 * 1.755e9 / 3e12

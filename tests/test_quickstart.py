@@ -10,6 +10,7 @@ import pytest
 
 from megatron_act.experiment.quickstart import QUICK_STEPS
 
+pytestmark = pytest.mark.timeout(1800)  # of which setting up takes most
 ROOT = Path(__file__).parents[1]
 ARMS = ["swiglu", "relu2", "xielu", "crrelu"]
 
@@ -17,7 +18,7 @@ ARMS = ["swiglu", "relu2", "xielu", "crrelu"]
 def quickstart(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_act.experiment.quickstart", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0"}
-    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=1200, check=False)
+    return subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True, timeout=1500, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from megatron_act.data.staging import check_absent
 from megatron_act.data.stopwatch import Stopwatch
 from megatron_act.data.task import is_done
 from megatron_act.data.tokenizer import open_tokenizer
-from megatron_act.data.work import Work, locked, work_folder
+from megatron_act.data.work import Work, locked, remove_finished, work_folder
 from megatron_act.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -158,6 +158,7 @@ def run(
         UserError: damaged input, an output that exists or cannot be written, an unfinished run where `resume` is not
             set or that was another one. Finished tasks stay in `P.work`, for `resume`; nothing else is left.
     """
+    remove_finished(work_folder(Path(plan.prefix)))
     if resume and (manifest := _finished(plan)):
         return manifest
     with locked(Path(plan.prefix)) as work:

@@ -200,6 +200,8 @@ def _acquire(folder: Path) -> IO[bytes]:
             (folder / "tasks").mkdir(parents=True, exist_ok=True)
             lock = (folder / "lock").open("ab")
         except OSError as error:
+            if isinstance(error, (FileNotFoundError, FileExistsError)) and _was_removed(folder):
+                continue
             reason = error.strerror
             raise UserError(
                 f"expected a writable folder, got {folder.parent} ({reason}); choose another output"
@@ -215,9 +217,22 @@ def _acquire(folder: Path) -> IO[bytes]:
         lock.close()  # the run that held it has finished and removed the folder
 
 
+def _was_removed(folder: Path) -> bool:
+    """Whether nothing but another run that ended just now can have been in the way."""
+    return folder.parent.is_dir() and (folder.is_dir() or not os.path.lexists(folder))
+
+
 def finish(work: Work) -> None:
     """Remove the folder: at once out of sight, so that what a crash leaves of it is not taken for a run's work."""
-    shutil.rmtree(work.folder.rename(work.folder.with_name(f"{work.folder.name}-done-{os.getpid()}")))
+    work.folder.rename(work.folder.with_name(f"{work.folder.name}-done-{os.getpid()}"))
+    remove_finished(work.folder)
+
+
+def remove_finished(folder: Path) -> None:
+    """Remove what `finish` was killed at, of any run with this work folder."""
+    for item in _entries(folder.parent):
+        if re.fullmatch(re.escape(folder.name) + r"-done-\d+", item.name):
+            shutil.rmtree(item, ignore_errors=True)
 
 
 @contextlib.contextmanager
