@@ -1,7 +1,9 @@
 """The files written: byte for byte Megatron's own, the same for any number of workers, and described truly."""
 
 import hashlib
+import io
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from data_support import (
 
 from megatron_act.compat import install_typing_override
 from megatron_act.data import sample_path
+from megatron_act.data.engine import Executor
 from megatron_act.data.filters import Filters
 from megatron_act.data.indexed import DTYPE_CODES, token_dtype
 from megatron_act.data.plan import cut
@@ -240,3 +243,18 @@ def test_overwrite_replaces_everything(tmp_path: Path) -> None:
     preprocess([tmp_path / "b.parquet"], tokenizer, tmp_path / "fresh")
     assert same_files(tmp_path / "out", tmp_path / "fresh")
     assert json.loads((tmp_path / "out.manifest.json").read_text())["documents"]["kept"] == 1
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_bar_of_documents_on_a_terminal(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_parquet(tmp_path / "a.parquet", row_group_size=50, text=sample_texts()[:300])
+    for terminal, shown in ((Terminal(), "300/300"), (io.StringIO(), "")):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        plan = make_plan([source], tokenizer_folder("bpe"), tmp_path / "out", tasks=3, overwrite=True)
+        run(plan, Executor(workers=workers))
+        assert shown in terminal.getvalue() and bool(shown) == bool(terminal.getvalue())

@@ -37,7 +37,9 @@ def shown(work: Work, rows: int | None, progress: bool) -> Iterator[None]:
 
 def _update(bar: tqdm, work: Work, end: threading.Event) -> None:
     counted: dict[Path, int] = {}
-    while not end.wait(POLL_SECONDS):
+    ended = False
+    while not ended:
+        ended = end.wait(POLL_SECONDS)
         bar.update(_rows(work, counted) - bar.n)
 
 
