@@ -75,7 +75,7 @@ def _appears(probe: Path) -> bool:
 
 
 def room(args: Namespace, parameters: int, free: int | None = None) -> str:
-    """Room for all checkpoints of the run that will lie in ``--save`` at the same time (`to_come`).
+    """Room for all checkpoints of the run that will lie in ``--save`` at the same time, and for the best export.
 
     Args:
         args: Megatron's validated arguments.
@@ -87,13 +87,24 @@ def room(args: Namespace, parameters: int, free: int | None = None) -> str:
     """
     where, size = existing(Path(args.save)), CHECKPOINT_BYTES * parameters
     free = shutil.disk_usage(where).free if free is None else free
-    count, why = to_come(args)
-    if free < count * size:
+    (count, why), export = to_come(args), exported_bytes(args, parameters)
+    needed = count * size
+    if export and os.stat(where).st_dev == os.stat(existing(Path(args.export_best))).st_dev:
+        needed, why = needed + export, f"{why}, {export / 1e9:.3g} GB of --export-best"
+    if free < needed:
         raise UserError(
-            f"expected {count * size / 1e9:,.1f} GB free in {where} for {count:,} more ({why}), got "
+            f"expected {needed / 1e9:,.1f} GB free in {where} for {count:,} more ({why}), got "
             f"{free / 1e9:,.1f} GB: free some, choose another --save, or keep fewer ({KEEP})"
         )
     return f"{size / 1e9:.3g} GB a checkpoint; room for {free // size:,}, needed for {count:,} more ({why})"
+
+
+def exported_bytes(args: Namespace, parameters: int) -> int:
+    """What ``--export-best`` adds: the model in its dtype, and beside it for a moment the one that is better."""
+    if not args.export_best:
+        return 0
+    copies = 1 if Path(args.export_best).exists() else 2
+    return copies * parameters * (2 if args.bf16 or args.fp16 else 4)
 
 
 def to_come(args: Namespace) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.training import print_rank_0
+from megatron.training import get_args, print_rank_0
 
 from megatron_act import finalize, mtp, optimizer_groups, te
 from megatron_act.experts import moe_with_activation
@@ -126,6 +126,24 @@ def _refusal(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return refuse
 
 
+def _refuse_dropped_factor(config: Any) -> None:
+    """megatron-core 0.19's `gpt_config_from_args` drops --rope-scaling-factor: the model would train with 8 in silence.
+
+    Raises:
+        ValueError: an entry point that has done so.
+    """
+    try:
+        args = get_args()
+    except AssertionError:  # a model built without Megatron's arguments
+        return
+    wanted, got = getattr(args, "rope_scaling_factor", None), getattr(config, "rope_scaling_factor", None)
+    if getattr(args, "use_rope_scaling", False) and wanted != got:
+        raise ValueError(
+            f"--rope-scaling-factor: expected a model with {wanted:g}, got one with {got:g}: megatron-core 0.19 drops "
+            "the flag; set rope_scaling_factor on the configuration, or train with megatron_act.pretrain_gpt"
+        )
+
+
 def layer_spec(
     name: str,
     *,
@@ -153,6 +171,7 @@ def layer_spec(
         return with_activation(stock, name, config, **options)
 
     def build(config: Any, vp_stage: int | None = None) -> ModuleSpec:
+        _refuse_dropped_factor(config)
         finalize.watch(config.transformer)
         mtp.install()
         return place(stock_spec(config, vp_stage), config.transformer)

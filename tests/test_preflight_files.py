@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -118,7 +119,7 @@ GB = 10**9  # parameters of 14 bytes: 14 GB a checkpoint
 
 def saving(folder: Path, **changes: object) -> Namespace:
     """2,500 steps, a checkpoint every 1,000: three of them."""
-    names = ("keep_last_checkpoints", "save_retain_interval", "save_interval_minutes")
+    names = ("keep_last_checkpoints", "save_retain_interval", "save_interval_minutes", "export_best", "bf16", "fp16")
     plan = {"save": str(folder), "train_iters": 2500, "save_interval": 1000}
     return Namespace(**{**dict.fromkeys(names), **plan, **changes})
 
@@ -128,6 +129,19 @@ def test_room_for_all_checkpoints_where_none_is_removed(tmp_path: Path) -> None:
     assert preflight_storage.room(saving(tmp_path / "x"), GB, free=42 * GB) == wanted
     with pytest.raises(UserError, match=r"expected 42\.0 GB free in .* for 3 more \(all .*\), got 41\.0 GB: free some"):
         preflight_storage.room(saving(tmp_path / "x"), GB, free=41 * GB)
+
+
+def test_room_for_the_best_export(tmp_path: Path) -> None:
+    """Twice until there is one, once from then on; in the model's dtype."""
+    best = tmp_path / "best"
+    for dtype, there, size in (({"bf16": True}, False, 4), ({}, False, 8), ({"bf16": True}, True, 2)):
+        if there:
+            best.mkdir()
+        args = saving(tmp_path / "x", export_best=str(best), **dtype)
+        wanted = rf"needed for 3 more \(all that this run will save, {size} GB of --export-best\)"
+        assert re.search(wanted, preflight_storage.room(args, GB, free=(42 + size) * GB))
+        with pytest.raises(UserError, match=rf"expected {42 + size}\.0 GB free"):
+            preflight_storage.room(args, GB, free=(41 + size) * GB)
 
 
 @pytest.mark.parametrize(
