@@ -51,6 +51,14 @@ def _entry() -> int:
     except UserError as error:
         print(f"error: {_speaker()}{error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    finally:
+        _ignore_late_notices()
+
+
+def _ignore_late_notices() -> None:
+    """A run that handles SIGTERM is over, one more must not end it: Python puts the default back as it finalizes."""
+    if callable(signal.getsignal(signal.SIGTERM)):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _speaker() -> str:

@@ -37,7 +37,8 @@ MODEL = {
 }
 
 # In place of Python with torchrun: notes its words and what the config holds; with FAKE_RANK it starts one rank, which
-# saves at SIGTERM. Being killed itself, as torchrun would be, is a failure.
+# notes each SIGTERM and ends after the first, as soon as there is a file "end". Being killed itself, as torchrun would
+# be, is a failure.
 _TORCHRUN = """#!{python}
 import json, os, subprocess, sys
 words = sys.argv[1:]
@@ -54,12 +55,16 @@ _RANK = """
 import pathlib, signal, sys, time
 folder = pathlib.Path({folder!r})
 def save(*_):
-    (folder / "saved").write_text("")
-    sys.exit(0)
+    with (folder / "saved").open("a") as file:
+        print("saved", file=file)
 signal.signal(signal.SIGTERM, save)
 (folder / "ready").touch()
-time.sleep(30)
-sys.exit(3)
+give_up = time.monotonic() + 3600
+while not ((folder / "saved").exists() and (folder / "end").exists()):
+    if time.monotonic() > give_up:
+        sys.exit(3)
+    time.sleep(0.02)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as the entry point does
 """
 _COMMANDS = {
     "scontrol": 'echo "$*" >>{folder}/scontrol.txt; if [[ "$1" == show ]]; then printf "first\\nsecond\\n"; fi',

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from held_ports import held_ports
 from launch_support import ROOT, write_config
 
 pytestmark = pytest.mark.distributed
@@ -46,12 +46,6 @@ def losses(folder: Path) -> list[float]:
     return [record["loss"] for record in map(json.loads, lines) if record["event"] == "step"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_nodes_find_each_other_and_train_as_one_machine_does(tmp_path: Path) -> None:
     """Tensor parallel over two torchrun agents, after a preflight, and over two ranks of one: the same losses."""
     alone, together = tmp_path / "alone", tmp_path / "together"
@@ -61,10 +55,11 @@ def test_two_nodes_find_each_other_and_train_as_one_machine_does(tmp_path: Path)
     assert done.returncode == 0, done.stdout[-3000:]
     written = launch(together, "--nodes", "2", "--gpus-per-node", "1", "--", "--cpu")
     assert "run it on each of 2 machines" in written.stdout
-    place = {"RDZV_HOST": "localhost", "NODE_ADDR": "localhost", "RDZV_PORT": str(free_port())}
     logs = [together / f"node{rank}.txt" for rank in (1, 0)]  # node 1 comes first and waits for the host
-    nodes = [node(together, rank, log, place) for rank, log in zip((1, 0), logs, strict=True)]
-    assert [process.wait(timeout=250) for process in nodes] == [0, 0], logs[0].read_text()[-3000:]
+    with held_ports(2) as port:
+        place = {"RDZV_HOST": "localhost", "NODE_ADDR": "localhost", "RDZV_PORT": str(port)}
+        nodes = [node(together, rank, log, place) for rank, log in zip((1, 0), logs, strict=True)]
+        assert [process.wait(timeout=400) for process in nodes] == [0, 0], logs[0].read_text()[-3000:]
     (report,) = [text for text in map(Path.read_text, logs) if "checks passed" in text]  # rank 0's, wherever it is
     assert "checks passed, 0 failed" in report and "all-reduce, tensor parallel" in report
     assert len(losses(alone)) == 2

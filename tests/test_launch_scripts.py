@@ -1,9 +1,11 @@
 """The scripts run by bash, with stand-ins for torchrun, Slurm and apptainer: same words everywhere, notices, codes."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from megatron_act.launch.__main__ import job_of, parser
 
 NASTY = ["--data-path", "a b", "it's", 'say "$HOME"', "--lr", "2e-3"]
 RESTARTED = 143
+WAIT_S = 300.0  # for what takes a second, on a machine that stands still meanwhile
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def launched(
 def run(fake: Fakes, platform: str, script: str, **env: str) -> subprocess.CompletedProcess[str]:
     whole = fake.environment(platform, **env)
     return subprocess.run(
-        ["bash", "-c", script], env=whole, cwd=ROOT, text=True, capture_output=True, timeout=60, check=False
+        ["bash", "-c", script], env=whole, cwd=ROOT, text=True, capture_output=True, timeout=WAIT_S, check=False
     )
 
 
@@ -69,7 +72,7 @@ def test_the_same_words_reach_torchrun_on_every_platform(tmp_path: Path) -> None
 def _compare(seen: dict[str, tuple[dict[str, str], list[str], str]]) -> None:
     endpoints = {
         "local": "first:29400",
-        "slurm": "first:20007",
+        "slurm": "first:28014",
         "kubernetes": "demo-master-0:29400",
         "jobset": "demo-node-0-0.demo:29400",
         "skypilot": "first:29400",
@@ -142,16 +145,35 @@ def test_slurm_in_a_container(runtime: str, fake: Fakes) -> None:
     assert wanted[runtime] in srun
 
 
-def noticed(fake: Fakes, platform: str, sent: signal.Signals, whole_group: bool = False) -> int:
-    """The exit code of a job that gets a notice while its rank trains."""
+@contextlib.contextmanager
+def training(fake: Fakes, platform: str) -> Iterator[subprocess.Popen]:
+    """The script as a process group of its own, whose rank trains."""
     script = launched(fake, platform, "--no-preflight")
     env = fake.environment(platform, FAKE_RANK=str(fake.folder / "rank.py"))
-    process = subprocess.Popen(["bash", "-c", script], env=env, stderr=subprocess.DEVNULL, start_new_session=True)
-    end = time.monotonic() + 20
-    while not (fake.folder / "ready").exists() and time.monotonic() < end:
+    with (fake.folder / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(["bash", "-c", script], env=env, stderr=errors, start_new_session=True)
+    try:
+        wait_for((fake.folder / "ready").exists, process)
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Until it holds; the process may not end before."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
-    (os.killpg if whole_group else os.kill)(process.pid, sent)
-    return process.wait(timeout=20)
+
+
+def noticed(fake: Fakes, platform: str, sent: signal.Signals, whole_group: bool = False) -> int:
+    """The exit code of a job that gets a notice while its rank trains."""
+    (fake.folder / "end").touch()
+    with training(fake, platform) as process:
+        (os.killpg if whole_group else os.kill)(process.pid, sent)
+        return process.wait(timeout=WAIT_S)
 
 
 @pytest.mark.parametrize(
@@ -181,6 +203,19 @@ def test_a_signal_to_all_processes_does_not_end_the_ranks(attempt: int, fake: Fa
     """
     assert noticed(fake, "slurm", signal.SIGUSR1, whole_group=True) == 0
     assert (fake.folder / "saved").exists()
+
+
+def test_a_rank_hears_of_two_notices_once(fake: Fakes) -> None:
+    """The second could reach it while it ends. The script forwards a notice before it says so."""
+    said, saved = fake.folder / "errors.txt", fake.folder / "saved"
+    with training(fake, "local") as process:
+        for count in (1, 2):
+            process.terminate()
+            wait_for(lambda count=count: said.read_text().count("notice received") == count, process)
+            wait_for(saved.exists, process)  # two that wait for a rank are one
+        (fake.folder / "end").touch()
+        assert process.wait(timeout=WAIT_S) == 0
+    assert saved.read_text() == "saved\n"
 
 
 def test_nodes_without_a_notice_learn_why_the_run_ended(fake: Fakes) -> None:

@@ -12,7 +12,7 @@ def render(job: Job) -> str:
 
 
 def _alone() -> list[str]:
-    port = 'RDZV_PORT="${RDZV_PORT:-$((20000 + $$ % 20000))}"'
+    port = 'RDZV_PORT="${RDZV_PORT:-$((20000 + 2 * ($$ % 6000)))}"'
     return [
         *_value("NODE_RANK", "0"),
         *_value("NODE_ADDR", "localhost"),

@@ -11,9 +11,9 @@ It is the same on every platform but for the lines that say where a node is. Eac
 
 torchrun is `interruption_torchrun`: each start of the ranks has a store of its own, without which a restart hangs.
 
-Signals: the notice (SIGUSR1 from Slurm, SIGTERM from Kubernetes) goes to the ranks, as SIGTERM. With Megatron's
---exit-signal-handler all ranks save after the current step and exit with 0. A file beside the checkpoints tells the
-nodes that got no notice why the run ended.
+Signals: the notice (SIGUSR1 from Slurm, SIGTERM from Kubernetes) goes to the ranks, as SIGTERM, to each
+once: a second one could end a rank that is done. With Megatron's --exit-signal-handler all ranks save after the current
+step and exit with 0. A file beside the checkpoints tells the nodes that got no notice why the run ended.
 """
 
 import shlex
@@ -22,14 +22,22 @@ from megatron_act.launch import environment
 from megatron_act.launch.job import PREFLIGHT, TRAIN, Job
 
 _SIGNALS = r"""
-# The notice of a preemption: the ranks save and end.
+# The notice of a preemption: the ranks save and end. Each is told once, however often it comes.
 forward() {
+  local rank
   noticed=1
-  echo "node $NODE_RANK: notice received, the ranks save and end" >&2
   touch "$mark" || true
-  if [[ -n "$child" ]]; then pkill -TERM -P "$child" || true; fi
+  if [[ -n "$child" ]]; then
+    for rank in $(pgrep -P "$child"); do
+      if [[ "$told" == *" $rank "* ]]; then continue; fi
+      told+="$rank "
+      kill -TERM "$rank" || true
+    done
+  fi
+  echo "node $NODE_RANK: notice received, the ranks save and end" >&2
 }
 child=""
+told=" "
 noticed=0
 mark="$RUN_DIR/preempted-$RDZV_ID"
 trap forward USR1 TERM

@@ -17,13 +17,14 @@ _HEAD = r"""
 export RDZV_HOST RDZV_PORT RDZV_ID
 hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
 RDZV_HOST="${hosts%%$'\n'*}" # a pipe into head would end this script where head closes it first
-RDZV_PORT="$((20000 + SLURM_JOB_ID % 20000))" # two jobs on a node do not meet
+RDZV_PORT="$((20000 + 2 * (SLURM_JOB_ID % 6000)))" # and the next: two jobs on a node do not meet
 RDZV_ID="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}"
 """
 _RUN = r"""
 # Notice comes before the time limit (--signal) or with a preemption (SIGTERM); srun hands SIGUSR1 to the node scripts.
 notice=0
-trap 'notice=1; interrupted=1; kill -USR1 "$step" || true' USR1 TERM
+step=""
+trap 'notice=1; interrupted=1; if [[ -n "$step" ]]; then kill -USR1 "$step" || true; fi' USR1 TERM
 """
 _WAIT = r"""step=$!
 while true; do # a trapped signal ends the waiting, not what is waited for

@@ -78,7 +78,7 @@ def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRuns]:
 def forked_train(forked: ForkedRuns, data_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
     """The same training as ``train``, bit for bit, in a fraction of its time: for tests of many runs.
 
-    In a ``folder`` of an earlier run it is that run's command again. ``code`` is the first failed rank's.
+    In a ``folder`` of an earlier run it is that run's command again. ``code`` is that of the rank that failed first.
     """
 
     return training(forked, data_flags, tmp_path_factory)

@@ -36,7 +36,7 @@ class ForkedRuns:
         self._answer()
 
     def run(self, words: Sequence[str], ranks: int, log: Path, prepare: Any = None) -> list[int]:
-        """Runs the entry point with the words of a command line; returns the ranks' exit codes.
+        """Runs the entry point with the words of a command line; returns the ranks' exit codes as they ended.
 
         Args:
             words: the command line.
@@ -63,4 +63,4 @@ def forked_runs(log: Path, engine: bool = False) -> Iterator[ForkedRuns]:
         yield runs
     finally:
         runs.server.stdin.close()
-        runs.server.wait(timeout=60)
+        runs.server.wait(timeout=300)

@@ -18,8 +18,8 @@ from oracle_state import Shard
 from training_support import environment
 
 WORKER = Path(__file__).parent / "workers" / "persistent.py"
-CASE_TIMEOUT_S = 120.0  # a case takes seconds, on a busy machine tens of them
-EXTRA_S = 60.0  # for the server itself: its import, or replacing ranks
+CASE_TIMEOUT_S = 400.0  # a case takes seconds, on a busy machine tens of them
+EXTRA_S = 300.0  # for the server itself: its import, or replacing ranks
 
 
 class CaseFailed(Exception):

@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=30)
+COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=5)
 
 
 def run(case: Case, rank: int, folder: Path) -> dict[str, Any]:

@@ -1,10 +1,12 @@
 """Training runs without imports: reads runs as JSON lines, answers each with its ranks' exit codes, until they end.
 
 The entry point and Megatron are imported once; each run's ranks are forked from there, with torchrun's environment, and
-run the entry point's ``main`` like processes that torchrun has started. When one fails, the others are ended.
+run the entry point's ``main`` like processes that torchrun has started. When one fails, the others get time to end by
+themselves, but where rank 0 has refused the input, for all of them, they are killed at once.
 
     {"words": ["--cpu", ...], "ranks": 2, "log": "...", "prepare": ["module", {...}]}  ->  {"codes": [0, 0]}
 
+The codes are in the order in which the ranks have ended: the first bad one is that of the rank that failed first.
 ``prepare`` names a module of this folder whose ``prepare(**arguments)`` each rank calls before it starts. With the word
 ``engine`` on the command line Transformer Engine's Python is there too (``te_cpu``).
 """
@@ -15,19 +17,24 @@ import multiprocessing
 import os
 import queue
 import signal
-import socket
 import sys
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-GRACE_S = 3.0  # for the other ranks, once one has failed: gloo tells them
+sys.path[:0] = [str(folder) for folder in (HERE, *HERE.parents[:3])]
+
+from held_ports import held_ports  # noqa: E402
+
+from megatron_act.errors import BAD_INPUT  # noqa: E402
+
+GRACE_S = 60.0  # for the other ranks, once one has failed: gloo tells them, but a busy machine may let them wait
+FIRST_RANK_S = 1000.0  # rank 0 alone says what input all refuse, however late it comes to it
 
 
 def import_all() -> None:
     """In this process only: Megatron's checkpoint writer starts processes that import this module again."""
-    sys.path[:0] = [str(folder) for folder in (HERE, *HERE.parents[:3])]
     if "engine" in sys.argv[1:]:
         from te_cpu import loader
 
@@ -39,17 +46,13 @@ def import_all() -> None:
 
     from megatron_act import pretrain_gpt, training_run  # noqa: F401
 
+    pretrain_gpt.FIRST_RANK_S = FIRST_RANK_S
     filesystem_async._results_queue = queue.Queue()  # a save writes in its own process: no other one need be started
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def rank_main(run: dict[str, Any], rank: int, port: int) -> None:
+def rank_main(run: dict[str, Any], rank: int, port: int, grouped: Any) -> None:
     """One rank's life; its exit code is the entry point's."""
+    grouped.wait()
     output = os.open(run["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -66,19 +69,37 @@ def rank_main(run: dict[str, Any], rank: int, port: int) -> None:
 
 
 def run_ranks(run: dict[str, Any]) -> list[int]:
-    """Exit codes by rank, minus the signal's number for those that a signal ended."""
-    fork, port = multiprocessing.get_context("fork"), free_port()
-    ranks = [fork.Process(target=rank_main, args=(run, rank, port)) for rank in range(run["ranks"])]
-    for process in ranks:
-        process.start()
-        os.setpgid(process.pid, ranks[0].pid)  # one group: what kills it kills them all
-    while running := [process for process in ranks if process.exitcode is None]:
-        failed = any(process.exitcode for process in ranks)
-        if not wait([process.sentinel for process in running], timeout=GRACE_S if failed else run["timeout_s"]):
+    """Exit codes in the order in which the ranks end, minus the signal's number for those that a signal ended."""
+    fork = multiprocessing.get_context("fork")
+    grouped = fork.Event()
+    with held_ports() as port:
+        ranks = [fork.Process(target=rank_main, args=(run, rank, port, grouped)) for rank in range(run["ranks"])]
+        for process in ranks:
+            process.start()
+            os.setpgid(process.pid, ranks[0].pid)  # one group: what kills it kills them all
+        grouped.set()
+        return codes_of(ranks, run["timeout_s"])
+
+
+def codes_of(ranks: list[Any], timeout_s: float) -> list[int]:
+    codes: list[int] = []
+    running = ranks
+    while running:
+        if not wait([process.sentinel for process in running], timeout=patience_s(ranks[0].exitcode, codes, timeout_s)):
             os.killpg(ranks[0].pid, signal.SIGKILL)
-        for process in running:
-            process.join(timeout=0)
-    return [process.exitcode for process in ranks]
+            for process in running:
+                process.join()
+        ended = [process for process in running if process.exitcode is not None]
+        codes += [process.exitcode for process in ended]
+        running = [process for process in running if process not in ended]
+    return codes
+
+
+def patience_s(code_of_first: int | None, codes: list[int], timeout_s: float) -> float:
+    """How long a rank that runs may go on without another one's end."""
+    if code_of_first == BAD_INPUT:
+        return 0.0
+    return GRACE_S if any(codes) else timeout_s
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ cpu_backend.install()
 from drawn_cases import Case  # noqa: E402
 from drawn_run import run  # noqa: E402
 
-GRACE_S = 1.0  # for the other ranks' tracebacks, once one has failed
+GRACE_S = 60.0  # for the other ranks' tracebacks, once one has failed
 Answer = dict[str, Any]
 
 
