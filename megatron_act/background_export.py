@@ -34,6 +34,7 @@ class BackgroundExport:
         self.thread: threading.Thread | None = None
         self.process: subprocess.Popen[str] | None = None
         self.stopped = False
+        self.freeing = threading.Lock()  # while ``after`` is at work
         self.after: Callable[[], None] = lambda: None  # called when a checkpoint is not needed any more
 
     def offer(self, record: dict[str, Any]) -> None:
@@ -49,9 +50,12 @@ class BackgroundExport:
             while (tracked(self.save) or 0) < record["iteration"]:  # --async-save completes it later
                 time.sleep(0.2)
             self._run(record)
-            with self.lock:
-                self.now = None
-            self.after()
+            with self.freeing:
+                if self.stopped:  # not exported: the next start needs the checkpoint
+                    return
+                with self.lock:
+                    self.now = None
+                self.after()
 
     def _take(self) -> dict[str, Any] | None:
         with self.lock:
@@ -96,17 +100,26 @@ class BackgroundExport:
         with self.lock:
             return {self.checkpoint(record) for record in (self.now, self.next) if record}
 
+    def _unfinished(self) -> dict[str, Any] | None:
+        with self.lock:
+            return self.next or self.now
+
     def finish(self, seconds: float) -> None:
-        """Waits for what is under way, and ends it when the time is up; says so."""
-        thread, record = self.thread, self.next or self.now
-        if thread is None or record is None:
+        """Waits for what is under way, and ends an export when the time is up; says so.
+
+        ``after`` is waited for without a limit: what it removes is gone as a whole.
+        """
+        thread = self.thread
+        if thread is None:
             return
-        if seconds:
+        if seconds and self._unfinished():
             print(f"> megatron-act: waiting up to {seconds:g} s for the export to {self.output}", flush=True)
         thread.join(seconds)
-        if not thread.is_alive():
-            return
-        self.stopped = True
+        with self.freeing:
+            record = self._unfinished()
+            if record is None:
+                return
+            self.stopped = True
         if self.process is not None:
             self.process.kill()
         said = (

@@ -43,14 +43,27 @@ EXPERIMENT = {
     "arms": ["swiglu", "xielu"],
     "layout": {"ranks": 1},
 }
+# sitecustomize.py of a run that stops itself as it begins to write its first step: it does not race with the test.
+HELD = """
+import os, signal, sys
+opened = []
+def hold(event, args):
+    if event == "open" and str(args[0]).endswith("xielu-seed1234/metrics.jsonl") and "a" in (args[1] or ""):
+        opened.append(args[0])
+        if len(opened) == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+sys.addaudithook(hold)
+"""
+LIMIT_S = 400
 pytestmark = pytest.mark.distributed
 
 
-def compare(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """Starts the tool as a person would, from the repository's root."""
+def compare(folder: Path, *words: str, packages: Path | None = None) -> subprocess.Popen[str]:
+    """Starts the tool as a person would, from the repository's root; ``packages`` come first on its path."""
     tool = [sys.executable, "tools/compare.py", str(folder / "e.yaml"), "--output", str(folder / "out"), *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env.pop("TRITON_INTERPRET", None)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [packages and str(packages), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(tool, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -64,26 +77,31 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     return found
 
 
-def wait_for(path: Path, text: str, tool: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+def await_stopped(folder: Path, tool: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + LIMIT_S
     while time.monotonic() < deadline and tool.poll() is None:
-        if path.exists() and text in path.read_text():
+        if any(process.info["status"] == psutil.STATUS_STOPPED for process in processes_of(folder)):
             return
         time.sleep(0.05)
-    pytest.fail(f"expected {text} in {path}, got none: {tool.communicate(timeout=60)}")
+    tool.kill()
+    pytest.fail(f"expected a stopped run, got none: {tool.communicate()}")
 
 
 def test_killed_resumed_and_repeated(tmp_path: Path) -> None:
     (tmp_path / "e.yaml").write_text(yaml.safe_dump(EXPERIMENT))
     runs = tmp_path / "out" / "runs"
 
-    tool = compare(tmp_path)
-    wait_for(runs / "xielu-seed1234" / "metrics.jsonl", '"event": "start"', tool)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "sitecustomize.py").write_text(HELD)
+    tool = compare(tmp_path, packages=tmp_path / "held")
+    await_stopped(tmp_path, tool)
+    (record,) = (runs / "xielu-seed1234" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(record)["event"] == "start"
     second = compare(tmp_path)  # a second one on the same folder must not interfere
-    _, errors = second.communicate(timeout=60)
+    _, errors = second.communicate(timeout=LIMIT_S)
     assert second.returncode == 2 and "another run is writing there" in errors
     tool.send_signal(signal.SIGINT)
-    _, errors = tool.communicate(timeout=60)
+    _, errors = tool.communicate(timeout=LIMIT_S)
     assert tool.returncode == 1 and errors.endswith("error: interrupted\n")
     assert processes_of(tmp_path) == []
     first = (runs / "swiglu-seed1234" / "metrics.jsonl").read_bytes()
@@ -92,13 +110,13 @@ def test_killed_resumed_and_repeated(tmp_path: Path) -> None:
     assert not (runs / "xielu-seed1234" / "run.json").exists()
 
     task = compare(tmp_path, "--only", "xielu-seed1234")  # as a task of a job array
-    output, errors = task.communicate(timeout=120)
+    output, errors = task.communicate(timeout=LIMIT_S)
     assert (task.returncode, output) == (0, ""), errors
     assert "xielu (seed 1234, 12 steps): 100% (12/12)" in errors
     assert not (tmp_path / "out" / "report.html").exists()
 
     tool = compare(tmp_path)
-    output, errors = tool.communicate(timeout=120)
+    output, errors = tool.communicate(timeout=LIMIT_S)
     assert tool.returncode == 0, errors
     assert errors == "2 of 2 runs finished already, kept\n"
     assert (runs / "swiglu-seed1234" / "metrics.jsonl").read_bytes() == first
@@ -121,7 +139,7 @@ def test_killed_resumed_and_repeated(tmp_path: Path) -> None:
     assert alpha_p[0] != alpha_p[1] and max(abs(value - 0.8) for value in alpha_p) > 1e-3
 
     tool = compare(tmp_path, "--force", "--jobs", "2")
-    _, errors = tool.communicate(timeout=120)
+    _, errors = tool.communicate(timeout=LIMIT_S)
     assert tool.returncode == 0 and "kept" not in errors
     again = json.loads((tmp_path / "out" / "results.json").read_text())
     for old, new in zip(found["runs"], again["runs"], strict=True):
@@ -133,7 +151,7 @@ def test_a_run_that_names_bad_input_ends_with_code_2(tmp_path: Path) -> None:
     arm = {"name": "odd", "activation": "xielu", "flags": {"--no-such-flag": 1}}
     (tmp_path / "e.yaml").write_text(yaml.safe_dump({**EXPERIMENT, "arms": [arm]}))
     tool = compare(tmp_path)
-    _, errors = tool.communicate(timeout=120)
+    _, errors = tool.communicate(timeout=LIMIT_S)
     assert tool.returncode == 2
     log = tmp_path / "out" / "runs" / "odd-seed1234" / "log.txt"
     assert errors.startswith("error: odd (seed 1234, 12 steps): unrecognized arguments: --no-such-flag")

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -16,12 +15,20 @@ def main(argv): raise UserError("this rank's file")
 pretrain_gpt.main, pretrain_gpt.FIRST_RANK_S = main, float(sys.argv[1])
 sys.exit(pretrain_gpt._entry())
 """
+# The run's handler, and a sleep that tells that it begins.
+WAITING = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: None)
+sleep = time.sleep
+time.sleep = lambda seconds: (print(seconds, flush=True), sleep(seconds))
+"""
 RANK = """
 import signal, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 print("started", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
+LIMIT_S = 300
 
 
 def start(words: list[str], **env: str) -> subprocess.Popen[str]:
@@ -43,12 +50,10 @@ def test_bad_input_that_only_a_later_rank_sees_is_said() -> None:
 
 def test_a_rank_that_waits_for_the_first_to_say_the_same_ends_by_torchruns_signal() -> None:
     """Though the run has a handler that only notes the signal."""
-    handler = "import signal; signal.signal(signal.SIGTERM, lambda *_: None)\n"
-    process = start(["-c", handler + REFUSED.replace("raise", "print('now', flush=True); raise"), "60"], LOCAL_RANK="1")
-    assert process.stdout is not None and process.stdout.readline() == "now\n"
-    time.sleep(0.5)
+    process = start(["-c", WAITING + REFUSED, "600"], LOCAL_RANK="1")
+    assert process.stdout is not None and process.stdout.readline() == "600.0\n"
     process.terminate()
-    assert process.communicate(timeout=10)[1] == "" and process.returncode == -signal.SIGTERM
+    assert process.communicate(timeout=LIMIT_S)[1] == "" and process.returncode == -signal.SIGTERM
 
 
 def test_ctrl_c_to_torchrun_is_one_line(tmp_path: Path) -> None:
@@ -57,6 +62,6 @@ def test_ctrl_c_to_torchrun_is_one_line(tmp_path: Path) -> None:
     process = start([*torchrun, str(tmp_path / "rank.py")])
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=LIMIT_S)[1]
     assert process.returncode == 1 and "Traceback" not in errors
     assert "error: ended by SIGINT, the ranks too, without a save: SIGTERM lets them save\n" in errors

@@ -58,7 +58,7 @@ _WAIT = r"""
 """
 _JOINING = r"""
 # A node that takes another one's place while the others train joins them: a preflight would wait for all nodes.
-if [[ "$NODE_RANK" != 0 ]] && timeout 5 bash -c ": >/dev/tcp/$RDZV_HOST/$RDZV_PORT" 2>/dev/null; then
+if [[ "$NODE_RANK" != 0 ]] && timeout 30 bash -c ": >/dev/tcp/$RDZV_HOST/$RDZV_PORT" 2>/dev/null; then
   echo "node $NODE_RANK: the others train already, no preflight" >&2
 else
 """

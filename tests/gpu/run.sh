@@ -97,7 +97,7 @@ if ((${#engine[@]})); then # a build takes a minute or more: what needs no Trans
   mkdir -p .gpu
   setsid nice -n 10 python3 tests/gpu/te_engine.py build &>.gpu/te-build.log &
   builder=$!
-  trap '[[ -z "$(jobs -rp)" ]] || kill -- "-$builder"' EXIT
+  trap '[[ -z "$(jobs -rp)" ]] || kill -- "-$builder" 2>/dev/null || kill "$builder"' EXIT
 fi
 
 left_s() { echo $((until_s > SECONDS ? until_s - SECONDS : 1)); } # of the part

@@ -1,6 +1,8 @@
 """``--export-best``: which checkpoint it is, and the export of it beside a real run that removes it afterwards."""
 
 import json
+import signal
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -91,7 +93,6 @@ def test_the_choice_is_noted_and_nothing_else_stays(kept: tuple[Run, Path]) -> N
     assert [path.name for path in folder.parent.iterdir()] == ["best"]
     assert [path.name for path in run.checkpoint.glob("iter_*")] == ["iter_0000006"]
     assert f"> megatron-act: exported iteration {BEST} (validation loss {record['validation_loss']:.6f}) to" in run.log
-    assert "> megatron-act: waiting up to 600 s for the export to" in run.log
 
 
 class Offers(BackgroundExport):
@@ -165,7 +166,7 @@ def test_a_failed_export_is_a_line(tmp_path: Path, capfd: pytest.CaptureFixture[
     exports, freed = BackgroundExport(tmp_path, tmp_path / "best"), []
     exports.after = lambda: freed.append(exports.busy())
     exports.offer({"iteration": 2, "validation_loss": 1.5})
-    exports.finish(60)
+    exports.finish(600)
     shown = capfd.readouterr().out.splitlines()[-1]
     assert shown.startswith("> megatron-act: exporting iteration 2 (validation loss 1.500000) to ")
     assert "iter_0000002: expected a " in shown and shown.endswith("): training goes on")
@@ -180,7 +181,7 @@ def test_an_export_that_cannot_start_is_a_line_and_the_next_one_is_made(
     exports = BackgroundExport(tmp_path, tmp_path / "best")
     for iteration in (2, 4):
         exports.offer({"iteration": iteration, "validation_loss": 1.5})
-        exports.finish(60)
+        exports.finish(600)
     lines = [line for line in capfd.readouterr().out.splitlines() if "exporting" in line]
     assert [line.split()[4] for line in lines] == ["2", "4"] and all("No such file" in line for line in lines)
     assert exports.busy() == set()
@@ -198,6 +199,65 @@ def test_what_is_being_exported_stays(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert [path.name for path in sorted(exports.busy())] == ["iter_0000006", "iter_0000007"]
     assert superseded(tmp_path, 1) == [tmp_path / "iter_0000002"]
     assert "the export of iteration 7 to" in capfd.readouterr().out
+
+
+def test_the_end_of_an_export_is_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Here the thread is none: it ends while it is waited for."""
+    exports, waits = BackgroundExport(tmp_path, tmp_path / "best"), []
+
+    def join(seconds: float) -> None:
+        waits.append(seconds)
+        exports.now = None
+
+    exports.thread = Namespace(join=join)
+    exports.now = {"iteration": 2, "validation_loss": 1.5}
+    exports.finish(600)
+    assert waits == [600] and not exports.stopped
+    assert capsys.readouterr().out == f"> megatron-act: waiting up to 600 s for the export to {tmp_path / 'best'}\n"
+
+
+def test_the_removal_after_an_export_is_never_cut_off(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though no time is given."""
+    checkpoints(tmp_path, 2)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "none"))
+    exports, begun, freed = BackgroundExport(tmp_path, tmp_path / "best"), threading.Event(), []
+
+    def remove() -> None:
+        begun.set()
+        time.sleep(0.5)
+        freed.append(2)
+
+    exports.after = remove
+    exports.offer({"iteration": 2, "validation_loss": 1.5})
+    begun.wait()
+    exports.finish(0)
+    assert freed == [2]
+    assert "waiting" not in (shown := capfd.readouterr().out) and "not finished" not in shown
+
+
+def test_an_export_that_is_ended_keeps_its_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the next start, which makes it."""
+    checkpoints(tmp_path, 2)
+    endless = tmp_path / "endless"
+    endless.write_text("#!/bin/sh\nexec sleep 600\n")
+    endless.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(endless))
+    exports, freed = BackgroundExport(tmp_path, tmp_path / "best"), []
+    exports.after = lambda: freed.append(exports.busy())
+    exports.offer({"iteration": 2, "validation_loss": 1.5})
+    thread = exports.thread
+    while not exports.process:
+        time.sleep(0.01)
+    exports.finish(0)
+    thread.join()
+    assert exports.process.returncode == -signal.SIGKILL
+    assert freed == [] and exports.busy() == {tmp_path / "iter_0000002"}
+    said = f"the export of iteration 2 to {tmp_path / 'best'} is not finished: the next start makes it"
+    assert capfd.readouterr().out == f"> megatron-act: {said}\n"
 
 
 @pytest.mark.parametrize(

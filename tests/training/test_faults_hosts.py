@@ -17,7 +17,7 @@ from two_hosts import Host, two_hosts
 pytestmark = pytest.mark.distributed
 
 QUICK = ["--ckpt-format", "torch"]  # written in the same process: seconds less
-HANGS = ["--hang-timeout-seconds", "6"]
+PATIENT = ["--hang-timeout-seconds", "120", "--distributed-timeout-minutes", "10"]  # until the test asks for less
 ROWS = {
     "pulled": "one host's cable pulled in step 4, back in when both ranks have ended by their watchdog",
     "killed": "all processes of host 1 killed in step 6, its script started again",
@@ -70,20 +70,26 @@ def story(
 ) -> Story:
     folder = tmp_path_factory.mktemp("hosts")
     flags = [*COMMAND, *EVERY_SECOND, *QUICK, "--load", str(folder / "checkpoint")]
-    words = command_line(folder, data_flags, (*flags, *HANGS))
+    words = command_line(folder, data_flags, (*flags, *PATIENT))
     job = Job(folder, hosts, words)
+    job.pause_in(4)
     first, second = job.start(0), job.start(1)
     with job.within(4):
         hosts[1].plug(False)
+        job.hang.touch()
     stacks = folder / "checkpoint" / "stacks"
     job.wait(lambda: len(list(stacks.glob("rank_*.txt"))) == RANKS, "stacks of both ranks")
+    job.hang.unlink()
+    job.pause_in(6)
     hosts[1].plug(True)
     with job.within(6):
         hosts[1].kill()
     second.wait()
+    job.pause_in(5)
     second = job.start(1)
     with job.within(5):
         terminate(second)
+        job.wait(job.noticed.is_file, "SIGTERM in rank 1")
     codes = ended(job, first, second)
     last = forked_train(*flags, ranks=RANKS, folder=folder)
     assert last.code == 0, last.log[-3000:]
@@ -129,6 +135,13 @@ def test_the_table_is_what_was_tried(story: Story) -> None:
         lines.append(f"| {fault} | {end} | {story.resumed_from(name)} | {story.lost(name)} |")
     table = "\n".join(lines) + "\n"
     assert TABLE.read_text().partition("\n\n")[2] == table, f"write this at the end of {TABLE}:\n{table}"
+
+
+def test_a_kernel_without_such_a_cable_is_an_oserror(hosts: tuple[Host, Host], monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what needs one is skipped. The longest name of a device has 15 characters."""
+    monkeypatch.setattr("two_hosts.DEVICE", "c" * 16)
+    with pytest.raises(OSError, match="netlink: 16"), two_hosts():
+        pass
 
 
 def test_hosts_that_do_not_reach_each_other_say_so(

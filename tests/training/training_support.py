@@ -73,7 +73,7 @@ def torchrun(*words: str, ranks: int) -> subprocess.CompletedProcess[str]:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        timeout=300,
+        timeout=500,
         check=False,
     )
 

@@ -16,7 +16,7 @@ from training_support import environment
 from two_hosts import DEVICE, Host
 
 WORKERS = Path(__file__).parent / "workers"
-LIMIT_S = 120
+LIMIT_S = 300
 
 
 class Job:
@@ -32,6 +32,7 @@ class Job:
 
     def __init__(self, folder: Path, hosts: tuple[Host, Host], words: list[str], *launcher: str, **settings: Any):
         self.folder, self.hosts = folder, hosts
+        self.pause, self.hang, self.noticed = (folder / name for name in ("pause", "hang", "noticed"))
         env = {"GLOO_SOCKET_IFNAME": DEVICE, "PACED_FOLDER": str(folder)}
         launch = {"output": str(folder / "runs"), "env": env, **settings}
         (folder / "demo.yaml").write_text(yaml.safe_dump({"MODEL_ARGS": {}, "LAUNCH": launch}))
@@ -65,15 +66,17 @@ class Job:
                 found[-1].append(record["iteration"])
         return found
 
+    def pause_in(self, iteration: int) -> None:
+        """Rank 1 will wait in the middle of this iteration: to be said before it can get there."""
+        self.pause.write_text(str(iteration))
+
     @contextmanager
     def within(self, iteration: int) -> Iterator[None]:
-        """The block runs while rank 1 waits in the middle of an iteration."""
-        pause, paused = self.folder / "pause", self.folder / "paused"
-        pause.write_text(str(iteration))
-        self.wait(paused.is_file, f"rank 1 in iteration {iteration}")
+        """The block runs while both ranks are in that iteration."""
+        there = [self.folder / f"rank{rank}_in_{iteration}" for rank in range(2)]
+        self.wait(lambda: all(file.is_file() for file in there), f"both ranks in iteration {iteration}")
         yield
-        paused.unlink()
-        pause.unlink()
+        self.pause.unlink()
 
     def wait(self, reached: Callable[[], bool], what: str) -> None:
         """Until something is so; AssertionError with both logs if it takes too long."""

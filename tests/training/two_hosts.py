@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 DEVICE = "cable0"
@@ -35,20 +35,24 @@ class Host:
         return ["nsenter", "--target", str(self.pid), "--user", *inside, "--preserve-credentials", *words]
 
     def configure(self, call: str) -> None:
-        """Calls a function of ``netlink`` there."""
+        """Calls a function of ``netlink`` there; OSError with its last line where that fails."""
         command = self.command([sys.executable, "-c", f"import netlink; netlink.{call}"])
-        subprocess.run(command, cwd=HERE, check=True)
+        done = subprocess.run(command, cwd=HERE, stderr=subprocess.PIPE, text=True, check=False)
+        if done.returncode:
+            raise OSError(done.stderr.strip().rpartition("\n")[2])
 
     def plug(self, up: bool) -> None:
         """The cable in or out at this host: packets of both are lost from now on, no connection is closed."""
         self.configure(f"set_link({DEVICE!r}, {up})")
 
     def kill(self) -> None:
-        """SIGKILL to all its processes but the one that holds the namespace."""
+        """SIGKILL to all its processes but the one that holds the namespace; none sees another one end."""
         here = os.readlink(f"/proc/{self.pid}/ns/net")
-        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-            if pid != self.pid and _namespace(pid) == here:
-                os.kill(pid, signal.SIGKILL)
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
+                if pid != self.pid and _namespace(pid) == here:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, number)
 
 
 def _namespace(pid: int) -> str | None:
@@ -63,7 +67,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     """Both, with the cable plugged in; afterwards they are gone with all their processes.
 
     Raises:
-        OSError: no namespaces here.
+        OSError: no namespaces here, or no cable.
     """
     if _namespace(os.getpid()) is None:
         raise OSError("no /proc")
@@ -86,7 +90,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             host.kill()
         for holder in holders:
             holder.kill()
-            holder.wait()
+            holder.communicate()
 
 
 def _await_namespace(process: subprocess.Popen, known: set[str | None]) -> None:

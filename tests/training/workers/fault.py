@@ -27,8 +27,8 @@ def prepare(kind: str, iteration: int, rank: int, **more: Any) -> None:
     """Arms one fault.
 
     Args:
-        kind: ``signal`` (``number``, ``to_parent``), ``hang``, ``nan`` (``micro_batch``, ``row``), ``disk``, or
-            ``late`` (``minutes``).
+        kind: ``signal`` (``number``, ``to_parent``), ``hang`` (``seconds``), ``nan`` (``micro_batch``, ``row``),
+            ``disk``, or ``late`` (``minutes``).
         iteration: counted from 1, the step in which it happens; for ``disk`` the one that is saved.
         rank: of the rank that has it.
     """
@@ -58,17 +58,29 @@ def _signal(iteration: int, number: int, to_parent: bool = False) -> None:
     def act(micro_batch: int, output: Any) -> Any:
         if number == signal.SIGKILL:
             os.killpg(0, number)  # under torchrun, the rank with the process that Megatron's saves have started
-        os.kill(os.getppid() if to_parent else os.getpid(), number)
+        if micro_batch == 0:
+            os.kill(os.getppid() if to_parent else os.getpid(), number)
         return output
 
     _in_step(iteration, act)
 
 
-def _hang(iteration: int) -> None:
+def _hang(iteration: int, seconds: float) -> None:
+    """For ever, of which ``seconds`` have passed when it begins."""
+    from megatron_act.watchdog import Watchdog
+
+    original, dogs = Watchdog.mark, []
+
+    def mark(dog: Watchdog, place: str | None = None) -> None:
+        original(dog, place)
+        dogs[:] = [dog]
+
     def get_lost(micro_batch: int, output: Any) -> Any:
-        time.sleep(100)
+        dogs[0].last -= seconds
+        time.sleep(600)
         return output
 
+    Watchdog.mark = mark
     _in_step(iteration, get_lost)
 
 
