@@ -54,7 +54,11 @@ def empty_kept(rows: int, cols: int, device: torch.device | str) -> Kept:
 
 
 def check_recipe(recipe: str, format: str, rows: int, cols: int, swizzled: bool) -> None:
-    """Raises ValueError for a recipe or format that is not served, or a shape that it cannot take."""
+    """Raises ValueError for a recipe or format that is not served, or a shape that it cannot take.
+
+    Planned, in TE's layout: ``nvfp4``, two e2m1 a byte, row-wise and transposed; an e4m3 scale for each 16, padded to
+    [128, 4] as MXFP8's; an fp32 amax for the tensor.
+    """
     if recipe == "nvfp4":
         raise ValueError("recipe: expected tensor, blockwise or mxfp8, got nvfp4, which is not built: use mxfp8")
     if recipe not in fp8.RECIPES:

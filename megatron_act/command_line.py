@@ -41,6 +41,10 @@ _ELSEWHERE = ("sft", "fim_data", "dataloader_inter_document_masking", "hybrid_co
 
 
 DEFAULTS = {"tokenizer_type": "HuggingFaceTokenizer"}  # of Megatron's flags that have none
+EVALUATION = (
+    "--eval-interval",
+    "1000",
+)  # the same; Megatron divides by it, and warns where one of DEFAULTS is not kept
 
 
 def stand_alone() -> None:
@@ -68,7 +72,7 @@ def parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
     words = arguments.config_to_argv(flags, parser, argv) + argv
     if "--cpu" in words:
         words = [*cpu_backend.FLAGS, *words]
-    words = [*interruption.FLAGS, *saves.words_of(parser.parse_args(words)), *words]
+    words = [*interruption.FLAGS, *EVALUATION, *saves.words_of(parser.parse_args(words)), *words]
     sys.argv = [sys.argv[0], *words]
     args = parser.parse_args(words)
     for said in (args.load and repair_tracker(args.load), fallback_load.ensure_readable(args)):
@@ -78,11 +82,11 @@ def parse(flags: dict[str, Any], argv: list[str]) -> Namespace:
         words = [*restored, *words]
         sys.argv, args = [sys.argv[0], *words], parser.parse_args(words)
         print_rank_0(f"> megatron-act: from the checkpoint's arguments: {' '.join(restored)}")
+    if not torch.cuda.is_available() and "--cpu" not in words:
+        raise UserError("expected a CUDA device, got none: add --cpu to train on the CPU (development and tests)")
     check_arguments(args)
     if note := te.notice(args):
         print_rank_0(f"> megatron-act: {note}")
-    if not torch.cuda.is_available() and "--cpu" not in words:
-        raise UserError("expected a CUDA device, got none: add --cpu to train on the CPU (development and tests)")
     if "--cpu" in words and os.environ.get("RANK", "0") == "0":
         print(cpu_backend.NOTICE, flush=True)
     return args
@@ -126,8 +130,6 @@ def check_arguments(args: Namespace) -> None:
     for part in (saves, throughput, dali, console, boards):
         if why := part.conflict(args):
             raise UserError(why)
-    if args.eval_interval is None and args.train_iters:  # Megatron divides by it
-        raise UserError("--eval-interval: expected a number of steps, got none: add it, with --eval-iters 0 if need be")
     if args.activation is None:
         _check_without_activation(args)
     else:
@@ -184,6 +186,7 @@ def _check_layout(args: Namespace) -> None:
             "--transformer-impl inference_optimized: its experts compute Megatron's own activations, the others are "
             "untested: use transformer_engine or local, which generate too",
         ),
+        (args.fp4, "--fp4-format: expected bf16 or --fp8-format, got NVFP4, which is planned and not built: remove it"),
         (args.use_te_activation_func, "--use-te-activation-func and --activation name two activations: remove one"),
     )
     for present, message in problems:

@@ -14,7 +14,7 @@ from megatron_act.errors import UserError
 from megatron_act.keep_checkpoints import KEEP, tracked
 
 CHECKPOINT_BYTES = 2 + 4 + 4 + 4  # per parameter: bf16 weight, its fp32 copy, Adam's two moments
-SEEN_SECONDS = 10.0  # network file systems show another node's new file late
+SEEN_SECONDS = 60.0  # network file systems show another node's new file late, SkyPilot's cached buckets after 11 s
 
 
 def existing(folder: Path) -> Path:
@@ -91,6 +91,11 @@ def room(args: Namespace, parameters: int, free: int | None = None) -> str:
     needed = count * size
     if export and os.stat(where).st_dev == os.stat(existing(Path(args.export_best))).st_dev:
         needed, why = needed + export, f"{why}, {export / 1e9:.3g} GB of --export-best"
+    elif export and (apart := shutil.disk_usage(best := existing(Path(args.export_best))).free) < export:
+        raise UserError(
+            f"--export-best: expected {export / 1e9:,.1f} GB free in {best}, got {apart / 1e9:,.1f} GB: free some or "
+            "choose another folder"
+        )
     if free < needed:
         raise UserError(
             f"expected {needed / 1e9:,.1f} GB free in {where} for {count:,} more ({why}), got "

@@ -127,8 +127,9 @@ def install() -> None:
         try:
             return original(self, ours, saved, name)
         except AssertionError:
+            what = name.replace("iterations", "samples")  # which Megatron counts here
             raise UserError(
-                f"--load: expected the checkpoint's {name} ({saved}), got {ours}: give the schedule's flags as they "
+                f"--load: expected the checkpoint's {what} ({saved}), got {ours}: give the schedule's flags as they "
                 "were, or add --override-opt-param-scheduler (the flags hold) or --use-checkpoint-opt-param-scheduler"
             ) from None
 

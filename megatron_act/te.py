@@ -121,6 +121,8 @@ def conflict(args: Any) -> str | None:
             return f"{flag}: expected --transformer-impl transformer_engine, got {args.transformer_impl}: change one"
         if why := problem():
             return f"{flag}: {why}"
+    if args.transformer_impl == "transformer_engine" and (why := problem()):
+        return f"--transformer-impl transformer_engine, Megatron's default: {why}, or add --transformer-impl local"
     if why := fuser_conflict(args):
         return why
     if not args.fp8 or not torch.cuda.device_count():

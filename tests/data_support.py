@@ -178,3 +178,13 @@ def _tool() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def outputs(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".parquet"}
+
+
+def six_files(folder: Path) -> list[Path]:
+    """Of equal bytes, so that six tasks have one each; the order of the texts tells them apart."""
+    texts = sample_texts()[:20]
+    return [write_parquet(folder / f"{i}.parquet", row_group_size=20, text=texts[i:] + texts[:i]) for i in range(6)]

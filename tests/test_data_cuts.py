@@ -74,6 +74,7 @@ CHANGES: dict[str, tuple[Callable[[dict], object], bool]] = {
     "a token of one word": (added(), True),
     "a special token of two words": (added(content="a b", special=True), True),
     "a token of two words": (added(content="a b"), False),
+    "a token that ends in a space": (added(content="the "), False),
     "a token that takes the space after it": (added(rstrip=True), False),
     "another pattern": (lambda tokenizer: tokenizer.update(pre_tokenizer=SPLIT), False),
     "another pattern first": (

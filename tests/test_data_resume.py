@@ -3,7 +3,6 @@
 import contextlib
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_support import ROOT, call_tool, command, run_tool, same_files, sample_texts, tokenizer_folder, write_parquet
+from data_support import (
+    ROOT,
+    call_tool,
+    command,
+    outputs,
+    run_tool,
+    same_files,
+    sample_texts,
+    six_files,
+    tokenizer_folder,
+    write_parquet,
+)
 
 from megatron_act.data import engine, sample_path, task
 from megatron_act.data.preprocess import make_plan, preprocess, run
@@ -85,10 +95,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
-
-
-def outputs(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir() if path.suffix != ".parquet"}
 
 
 def assert_whole(folder: Path) -> None:
@@ -175,12 +181,6 @@ def test_interrupted(notice: signal.Signals, tmp_path: Path) -> None:
     assert outputs(tmp_path) == {"out.work"}
 
 
-def six_files(folder: Path) -> list[Path]:
-    """Of equal bytes, so that six tasks have one each; the order of the texts tells them apart."""
-    texts = sample_texts()[:20]
-    return [write_parquet(folder / f"{i}.parquet", row_group_size=20, text=texts[i:] + texts[:i]) for i in range(6)]
-
-
 def test_resume_after_a_repaired_file_does_the_rest_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One damaged file of six: what came before is kept, its task and those after are done."""
     files = six_files(tmp_path)
@@ -261,29 +261,6 @@ def test_resume_of_what_is_finished_changes_nothing(tmp_path: Path) -> None:
     other = call_tool("--input", *files[1:], *arguments, "--resume")
     assert other.returncode == 2 and "expected a new output" in other.stderr
     assert outputs(tmp_path) == {f"out{suffix}" for suffix in SUFFIXES}
-
-
-def test_what_a_finished_run_was_killed_at_goes_with_the_next(tmp_path: Path) -> None:
-    files, done_before = six_files(tmp_path), tmp_path / "out.work-done-99999"
-    for resume in (False, True):
-        (done_before / "tasks").mkdir(parents=True)
-        run(make_plan(files, tokenizer_folder("bpe"), tmp_path / "out", resume=resume), resume=resume)
-        assert outputs(tmp_path) == {f"out{suffix}" for suffix in SUFFIXES}
-
-
-def test_another_run_that_ends_just_now_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It removes the folder between this one's making and opening it."""
-    opened: list[Path] = []
-
-    def removed_at_first(path: Path, *arguments: Any, real: Any = Path.open, **options: Any) -> Any:
-        if path.name == "lock" and not opened:
-            opened.append(path)
-            shutil.rmtree(path.parent)
-        return real(path, *arguments, **options)
-
-    monkeypatch.setattr(Path, "open", removed_at_first)
-    with locked(tmp_path / "out") as work:
-        assert opened == [work.folder / "lock"] and opened[0].exists()
 
 
 def test_two_runs_into_one_output(tmp_path: Path) -> None:

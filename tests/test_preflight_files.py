@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from argparse import Namespace
 from pathlib import Path
 
@@ -129,6 +130,19 @@ def test_room_for_all_checkpoints_where_none_is_removed(tmp_path: Path) -> None:
     assert preflight_storage.room(saving(tmp_path / "x"), GB, free=42 * GB) == wanted
     with pytest.raises(UserError, match=r"expected 42\.0 GB free in .* for 3 more \(all .*\), got 41\.0 GB: free some"):
         preflight_storage.room(saving(tmp_path / "x"), GB, free=41 * GB)
+
+
+def test_room_for_the_best_export_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = tmp_path / "best"
+    real = os.stat
+    monkeypatch.setattr(os, "stat", lambda path, **k: Namespace(st_dev=7) if path == best else real(path, **k))
+    monkeypatch.setattr(preflight_storage, "existing", Path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=1 * GB))
+    args = saving(tmp_path, export_best=str(best), bf16=True)
+    with pytest.raises(UserError, match=r"--export-best: expected 2\.0 GB free in .*best, got 1\.0 GB"):
+        preflight_storage.room(args, GB, free=42 * GB)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=2 * GB))
+    assert "best" not in preflight_storage.room(args, GB, free=42 * GB)
 
 
 def test_room_for_the_best_export(tmp_path: Path) -> None:

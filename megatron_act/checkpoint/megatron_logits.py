@@ -15,7 +15,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from megatron_act import cpu_backend
+from megatron_act import cpu_backend, te
 
 # How the checkpoint's run was laid out and sped up, undone; what the model computes is left alone.
 PLAIN: dict[str, Any] = {
@@ -74,6 +74,7 @@ def build_model(args: Namespace) -> Any:
 
 def start() -> None:
     """Installs the CPU backend and makes this process a process group of one."""
+    te.check_before_megatron(cpu=True)
     cpu_backend.install()
     import torch
     from megatron.core import parallel_state

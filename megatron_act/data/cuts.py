@@ -78,7 +78,7 @@ def _cut(tokenizer: dict[str, Any]) -> Cut | None:
     """Of a tokenizer.json."""
     model = tokenizer["model"]
     added = [token for token in tokenizer.get("added_tokens") or () if not token["special"]]  # special ones are text
-    across = any(token["rstrip"] or PLACE.search(token["content"].encode()) for token in added)
+    across = any(token["rstrip"] or re.search("[!-~] ", token["content"]) for token in added)
     if model["type"] != "BPE" or model.get("dropout") or across:
         return None
     changes = _steps(tokenizer.get("normalizer"), "normalizers")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_act.data.indexed import Part, single_documents, token_dtype, write_pair
-from megatron_act.data.manifest import all_dropped, build_manifest, write_manifest
+from megatron_act.data.manifest import all_dropped, build_manifest, read_manifest, write_manifest
 from megatron_act.data.plan import Output, Plan, final_paths
 from megatron_act.data.staging import check_absent, publish, sync
 from megatron_act.data.stopwatch import Stopwatch
@@ -95,4 +95,14 @@ def _publish(work: Work, plan: Plan, staged: Sequence[Path], finals: Sequence[Pa
     check_absent(finals, plan.overwrite or mark.exists())  # another run may have finished meanwhile
     mark.touch()
     sync(work.folder)
-    publish(staged, finals)
+    publish(staged, finals, _superseded(finals))
+
+
+def _superseded(finals: Sequence[Path]) -> list[Path]:
+    """What the manifest that is replaced lists and the new one does not: other shards, parts of another split."""
+    try:
+        outputs = read_manifest(finals[-1])["outputs"]
+        old = [finals[-1].with_name(Path(item[kind]["file"]).name) for item in outputs for kind in ("bin", "idx")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # none, or not ours
+    return [path for path in old if path not in finals]

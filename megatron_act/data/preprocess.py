@@ -189,6 +189,8 @@ def _finished(plan: Plan) -> dict | None:
     if work_folder(Path(plan.prefix)).exists() or not path.is_file():
         return None
     manifest, job = read_manifest(path), plan.job
+    if not all(_is_there(path.parent, item[kind]) for item in manifest.get("outputs") or () for kind in ("bin", "idx")):
+        return None
     made = (
         manifest.get("filters"),
         manifest.get("split"),
@@ -206,6 +208,11 @@ def _finished(plan: Plan) -> dict | None:
         [Path(output.stem).name + ".bin" for output in plan.outputs()],
     )
     return manifest if made == wanted else None
+
+
+def _is_there(folder: Path, entry: dict) -> bool:
+    file = folder / entry["file"]
+    return file.is_file() and file.stat().st_size == entry["bytes"]
 
 
 def _adopt(work: Work, plan: Plan, resume: bool) -> None:

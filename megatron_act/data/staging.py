@@ -50,15 +50,18 @@ def staging_folder(final: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(staged: Sequence[Path], finals: Sequence[Path]) -> None:
+def publish(staged: Sequence[Path], finals: Sequence[Path], superseded: Sequence[Path] = ()) -> None:
     """Move finished files to their final names, in the order given, each already on disk when it appears.
 
     What is replaced disappears first, the last of the order foremost, so that an interruption at any point never leaves
     an old and a new file side by side: give the file that makes the others look whole last.
+
+    Args:
+        superseded: files of an earlier output that have no place in this one: removed.
     """
     for path in staged:
         sync(path)
-    for path in reversed(finals):
+    for path in (*superseded, *reversed(finals)):
         path.unlink(missing_ok=True)
     sync(finals[0].parent)
     for path, final in zip(staged, finals, strict=True):

@@ -30,6 +30,7 @@ from megatron_act.data.staging import sync
 from megatron_act.errors import UserError
 
 GRACE_SECONDS = 5
+RETRIES = 100
 _held: list[IO[bytes]] = []  # locks of this process: a forked child would hold them too, and outlive it
 
 
@@ -195,13 +196,16 @@ def _is_ours(lock: IO[bytes], folder: Path) -> bool:
 
 
 def _acquire(folder: Path) -> IO[bytes]:
+    attempts = 0
     while True:
         try:
             (folder / "tasks").mkdir(parents=True, exist_ok=True)
             lock = (folder / "lock").open("ab")
         except OSError as error:
-            if isinstance(error, (FileNotFoundError, FileExistsError)) and _was_removed(folder):
-                continue
+            attempts += 1
+            removed = isinstance(error, (FileNotFoundError, FileExistsError)) and folder.parent.is_dir()
+            if removed and attempts < RETRIES:
+                continue  # by another run that ends just now
             reason = error.strerror
             raise UserError(
                 f"expected a writable folder, got {folder.parent} ({reason}); choose another output"
@@ -215,11 +219,6 @@ def _acquire(folder: Path) -> IO[bytes]:
         if _is_ours(lock, folder):
             return lock
         lock.close()  # the run that held it has finished and removed the folder
-
-
-def _was_removed(folder: Path) -> bool:
-    """Whether nothing but another run that ended just now can have been in the way."""
-    return folder.parent.is_dir() and (folder.is_dir() or not os.path.lexists(folder))
 
 
 def finish(work: Work) -> None:
@@ -261,7 +260,7 @@ def _entries(folder: Path) -> list[Path]:
 
 def _is_held(lock: Path) -> bool:
     try:
-        with lock.open("rb") as file:
+        with lock.open("rb+") as file:  # NFS locks exclusively only what may be written
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return False
     except BlockingIOError:

@@ -75,10 +75,11 @@ EARLY = {
         ["--transformer-impl inference_optimized", "transformer_engine or local"],
     ),
     "peak of no use": ([*XIELU, "--peak-tflops", "0"], ["--peak-tflops", "above 0"]),
-    "no evaluation interval": (
-        [word for word in XIELU if word not in ("--eval-interval", "1000")],
-        ["--eval-interval", "--eval-iters 0"],
+    "Transformer Engine that is not there": (
+        [*XIELU, "--transformer-impl", "transformer_engine"],
+        ["--transformer-impl transformer_engine", "expected Transformer Engine, got none", "--transformer-impl local"],
     ),
+    "fp4": ([*XIELU, "--fp4-format", "e2m1"], ["--fp4-format", "NVFP4", "not built"]),
     "no micro batch": (NO_MICRO_BATCH, ["micro_batch_size"]),
     "no device": ([word for word in XIELU if word != "--cpu"], ["CUDA device", "--cpu"]),
     "sft": ([*XIELU, "--sft"], ["--sft", "pretrain_gpt.py"]),
@@ -173,5 +174,5 @@ def test_a_checkpoint_without_the_scalars_or_of_another_schedule_is_refused(
     line = refused_line([*data_flags, "--load", str(swiglu.checkpoint)], tmp_path)
     assert "xielu" in line and "swiglu" in line and "alpha_p" in line
     longer = forked_train("--swiglu", "--train-iters", "2", "--load", str(swiglu.checkpoint))  # another schedule
-    expected = "--load: expected the checkpoint's total number of iterations (8), got 16: give the schedule's flags as"
+    expected = "--load: expected the checkpoint's total number of samples (8), got 16: give the schedule's flags as"
     assert longer.code == 2 and expected in longer.log and "Traceback" not in longer.log
