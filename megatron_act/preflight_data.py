@@ -74,7 +74,7 @@ def whole(prefix: str) -> str:
 
 
 def made_by(prefix: str, args: Namespace, vocab_size: int) -> str:
-    """Compares the manifest's tokenizer with the run's; without a manifest there is only the vocabulary to go by.
+    """Compares the manifest's tokenizer with the run's; where none is recorded there is only the vocabulary to go by.
 
     Raises:
         UserError: another tokenizer made the data.
@@ -88,6 +88,8 @@ def made_by(prefix: str, args: Namespace, vocab_size: int) -> str:
             f"expected a tokenizer of {wanted} tokens, which made {prefix}, got one of {vocab_size}: give that one "
             "(--tokenizer-model)"
         )
+    if made is None:  # of merged parts that differ in it or do not say
+        return "no tokenizer recorded: the vocabulary alone is compared"
     file = _tokenizer_file(args.tokenizer_model, Path(made["file"]).name)
     if file is None:
         return f"vocabulary of {wanted}"

@@ -139,8 +139,8 @@ def _refuse_dropped_factor(config: Any) -> None:
     wanted, got = getattr(args, "rope_scaling_factor", None), getattr(config, "rope_scaling_factor", None)
     if getattr(args, "use_rope_scaling", False) and wanted != got:
         raise ValueError(
-            f"--rope-scaling-factor {wanted:g}: expected a model with it, got one with {got:g}: this entry point drops the "
-            "flag, as megatron-core 0.19 does; train with megatron_act.pretrain_gpt"
+            f"--rope-scaling-factor {wanted:g}: expected a model with it, got one with {got:g}: this entry point drops "
+            "the flag, as megatron-core 0.19 does; train with megatron_act.pretrain_gpt"
         )
 
 

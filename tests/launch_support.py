@@ -26,7 +26,6 @@ MODEL = {
     "--train-iters": 2,
     "--lr": 1e-3,
     "--eval-iters": 0,
-    "--eval-interval": 100,
     "--log-interval": 1,
     "--mock-data": True,
     "--tokenizer-type": "NullTokenizer",

@@ -2,13 +2,17 @@
 
 import io
 import json
+import os
+import re
 import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_scale import SMALL, random_checkpoint
+from checkpoint_support import random_model
 from safetensors.torch import load_file, save_file
 
 from megatron_act.checkpoint.export import export
@@ -19,6 +23,7 @@ from megatron_act.checkpoint.info_openers import openers
 from megatron_act.checkpoint.reader import MegatronCheckpoint
 from megatron_act.checkpoint.torch_dist import Part
 from megatron_act.checkpoint.torch_dist import write_checkpoint as write_parts
+from megatron_act.checkpoint.verify import verify
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
 
@@ -70,11 +75,38 @@ def test_a_model_that_is_flags_or_a_config_so_far(base: Path, tmp_path: Path) ->
         assert content["conversion"]["peak_memory_bytes"] == describe(base / "hf")["conversion"]["peak_memory_bytes"]
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": True}, {"num_experts": 3, "moe_intermediate_size": 40}]
+)
+def test_a_config_of_our_own_says_what_its_folder_does(tmp_path: Path, changes: dict) -> None:
+    changes = changes | {"activation": "crrelu", "qk_norm": True, "activation_per_expert": True}
+    random_model("megatron_act", tmp_path / "hf", **changes)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "alone")
+    alone, whole = describe(tmp_path / "alone"), describe(tmp_path / "hf")
+    assert alone["parameters"] == whole["parameters"]
+    for key in ("largest_tensor_bytes", "peak_memory_bytes", "peak_memory_bytes_float32", "disk_bytes"):
+        assert alone["conversion"][key] == whole["conversion"][key], key
+    assert alone["activation"] == "crrelu" and "parameters" in text(alone)
+
+
+def test_the_bound_counts_gate_and_up_together_and_the_wider_dtype(tmp_path: Path) -> None:
+    """Megatron holds both in one tensor, which an import with --dtype float32 fills in fp32."""
+    random_model("llama", tmp_path / "hf", torch.bfloat16, intermediate_size=200)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "alone")
+    for folder in (tmp_path / "hf", tmp_path / "alone"):
+        cost = describe(folder)["conversion"]
+        assert cost["largest_tensor_bytes"] == 2 * 200 * 32 * 2
+        assert cost["peak_memory_bytes"] == 450 * 10**6 + 3 * 2 * 200 * 32 * 2
+        assert cost["peak_memory_bytes_float32"] == 450 * 10**6 + 3 * 2 * 200 * 32 * 4
+
+
 def test_the_70b_model_converts_in_7_gigabytes() -> None:
     content = describe(Path(__file__).parents[1] / "configs" / "apertus-70b-xielu.yaml")
     assert content["conversion"]["largest_tensor_bytes"] == 131072 * 8192 * 2
     assert content["conversion"]["peak_memory_bytes"] == 450 * 10**6 + 3 * 131072 * 8192 * 2
-    assert "at most 6.89 GB of memory" in text(content)
+    assert "at most 6.89 GB of memory, 13.33 GB with --dtype float32 (" in text(content)
 
 
 def test_text_has_every_fact(base: Path) -> None:
@@ -166,6 +198,20 @@ def test_scalars_of_each_expert(tmp_path: Path) -> None:
     ]
     assert content["conversion"]["largest_tensor_bytes"] == 5 * 4 * 4  # one expert
     assert "1.000000..1.250000" in text(content).splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 1000)])
+def test_a_file_missing_or_cut_short_is_named(base: Path, tmp_path: Path, change: Callable[[Path], object]) -> None:
+    shutil.copytree(base / "checkpoint", tmp_path / "broken")
+    (file,) = (tmp_path / "broken").rglob("__1_0.distcp")
+    size = file.stat().st_size
+    change(file)
+    said = f"{file.name} has 1000 of {size} bytes" if file.exists() else f"{file.name} is missing"
+    calls = (describe, lambda path: export(path, tmp_path / "hf"), lambda path: verify(path, base / "hf"))
+    for call in calls:
+        with pytest.raises(UserError, match=re.escape(f"got a broken one ({said}): copy it again")):
+            call(tmp_path / "broken")
+    assert not (tmp_path / "hf").exists()
 
 
 def test_bad_input(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from data_support import (
     tokenizer_folder,
     write_parquet,
 )
+from tokenizers import Tokenizer, models
 
 from megatron_act.data import parquet, sample_path, task
 from megatron_act.data.columns import BATCH_ROWS
@@ -80,6 +81,11 @@ BAD_FILES: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
         table(text=["a"], score=["b"]),
         ["--min-score", "3"],
         "expected column 'score' of type number, got string",
+    ),
+    "two text columns": (
+        lambda path: pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path),
+        [],
+        "expected one column 'text', got 2 of that name",
     ),
     "no id to split by": (table(text=["a"]), ["--split", "a:0.5", "b:0.5"], "expected a column 'id' of type string"),
     "a null id": (table(text=["a", "b"], id=["1", None]), ["--split", "a:1"], "expected an id in every row, got 1"),
@@ -213,6 +219,16 @@ BAD_TOKENIZERS: dict[str, tuple[Callable[[Path], object], list[str], str]] = {
     "an empty folder": (Path.mkdir, [], "expected a tokenizer.json or a folder that holds one"),
     "neither JSON nor a model": (write_bytes(b"hello"), [], "expected a tokenizer.json, tekken.json, SentencePiece"),
     "other JSON": (write_bytes(b"{}"), [], "expected a Hugging Face tokenizer.json"),
+    "an empty vocabulary": (
+        lambda path: Tokenizer(models.BPE()).save(str(path)),
+        [],
+        "expected the end-of-document token '<|endoftext|>' in the vocabulary of",
+    ),
+    "EOD in texts": (
+        lambda path: path.write_bytes((tokenizer_folder("bpe") / "tokenizer.json").read_bytes()),
+        ["--eod-token", "!"],
+        "expected special tokens' literals in a text to stay text, got the end of document '!' (id 1)",
+    ),
     "without EOD": (
         lambda path: path.write_bytes((tokenizer_folder("bpe") / "tokenizer.json").read_bytes()),
         ["--eod-token", "</s>"],

@@ -57,7 +57,11 @@ def naive(prefix: Path, documents: Sequence[list[int]], vocab_size: int) -> Path
 
 @pytest.mark.parametrize(
     ("name", "eod", "eod_id", "dtype"),
-    [("bpe", None, 0, "uint16"), ("gpt2", None, 50256, "uint16"), ("deepseek", "<|EOT|>", 128805, "int32")],
+    [
+        ("bpe", None, 0, "uint16"),
+        ("gpt2", None, 50256, "uint16"),
+        ("deepseek", "<\uff5cend\u2581of\u2581sentence\uff5c>", 1, "int32"),
+    ],
 )
 def test_equal_to_megatron_builder(name: str, eod: str | None, eod_id: int, dtype: str, tmp_path: Path) -> None:
     """Also when several tasks' tokens are joined."""

@@ -1,6 +1,7 @@
 """The pieces: the sample that ships, its tokenizer, filters, the division by id, and one way to fail."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -123,6 +124,33 @@ def test_filters(filters: Filters, kept: list[int], dropped: dict[str, int], kin
     assert {reason: count for reason, count in reasons.items() if count} == {"null_text": 1, "empty_text": 1, **dropped}
     path = write_parquet(tmp_path / "in.parquet", **columns)
     assert list(iter_texts([path], filters=filters)) == [ROWS["text"][i] for i in kept]
+
+
+BEYOND = 2**53 + 1  # no float64
+
+
+@pytest.mark.parametrize(
+    ("score", "kept"),
+    [
+        (pa.array(np.array([2.5, 3, 3.5], np.float16)), ["b", "c"]),
+        (pa.array([2, 3, BEYOND]), ["b", "c"]),
+        (pa.array([2, -BEYOND, 2**64 - 1 - 2**63]), ["c"]),
+        (pa.array([0, 2, 2**64 - 1], pa.uint64()), ["c"]),
+    ],
+)
+def test_numbers_of_every_type_are_compared(score: pa.Array, kept: list[str], tmp_path: Path) -> None:
+    """Half precision and integers that a float64 does not hold, from parquet and from JSON."""
+    path = write_parquet(tmp_path / "in.parquet", text=["a", "b", "c"], score=score)
+    rows = [{"text": text, "score": value} for text, value in zip("abc", score.to_pylist(), strict=True)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (path, tmp_path / "in.jsonl"):
+        assert list(iter_texts([source], filters=Filters(min_score=3.0))) == kept
+
+
+def test_an_integer_beyond_float64_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps({"text": "a", "score": 10**400}))
+    with pytest.raises(UserError, match="line 1: expected column 'score' of type number, got int; give one that"):
+        list(iter_texts([tmp_path / "in.jsonl"], filters=Filters(min_score=3.0)))
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])

@@ -26,6 +26,7 @@ from data_support import (
 )
 
 from megatron_act.data import engine, sample_path, task
+from megatron_act.data.filters import Filters
 from megatron_act.data.preprocess import make_plan, preprocess, run
 from megatron_act.data.work import locked
 from megatron_act.errors import UserError
@@ -233,7 +234,7 @@ def fails_from(number: int):  # type: ignore[no-untyped-def]
 
 @pytest.mark.parametrize(
     ("change", "what"),
-    [({"eod_token": "!"}, "job"), ({"tasks": 5}, "tasks"), ({"inputs": slice(1, None)}, "tasks")],
+    [({"filters": Filters(min_chars=1)}, "job"), ({"tasks": 5}, "tasks"), ({"inputs": slice(1, None)}, "tasks")],
 )
 def test_resume_refuses_another_run(change: dict, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = six_files(tmp_path)

@@ -18,6 +18,7 @@ from data_support import (
     sample_texts,
     tokenizer_folder,
 )
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from megatron_act.data.encoders import Encoder
 from megatron_act.data.probe import LITERALS, PLANES, adversarial_texts, differences
@@ -143,17 +144,17 @@ def test_vocabulary_and_eod(name: str, kind: str, size: int, eod_token: str, eod
 
 
 def test_eod_comes_from_the_config(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer_folder("bpe") / "tokenizer.json").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "!"}}))
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder("bpe") / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<stop>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
     info = open_tokenizer(tmp_path)
-    assert (info.eod_token, info.eod_id) == ("!", 1)
+    assert (info.eod_token, info.eod_id) == ("<stop>", 4096)
     assert open_tokenizer(tmp_path, eod_token="<|endoftext|>").eod_id == 0
 
 
 @pytest.mark.parametrize("encoder", ["fastokens", "tokenizers"])
 def test_truncation_and_padding_in_the_file_are_ignored(encoder: str, tmp_path: Path) -> None:
-    from tokenizers import Tokenizer
-
     tokenizer = Tokenizer.from_file(str(tokenizer_folder("bpe") / "tokenizer.json"))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=64)
@@ -197,6 +198,75 @@ def test_a_pattern_of_ones_own() -> None:
     assert open_tokenizer(file, pattern="gpt2", eod_id=60000).vocab_size == 60001
 
 
+def _words(vocabulary: dict[str, int]) -> Tokenizer:
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def _word_level() -> Tokenizer:
+    tokenizer = _words({"[UNK]": 0, "</s>": 1, "a": 2})
+    tokenizer.add_special_tokens(["[UNK]", "</s>"])
+    return tokenizer
+
+
+def _unigram() -> Tokenizer:
+    pieces = [("<unk>", 0.0), ("</s>", -1.0), ("a", -2.0), ("b", -2.0), (" ", -2.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.add_special_tokens(["</s>"])
+    return tokenizer
+
+
+def _not_special() -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(tokenizer_folder("bpe") / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("</s>", special=False, normalized=False)])
+    return tokenizer
+
+
+def _another_leaks() -> Tokenizer:
+    tokenizer = _words({"[UNK]": 0, "<pad>": 1, "a": 2})
+    tokenizer.add_special_tokens(["[UNK]", "<pad>", "</s>"])
+    return tokenizer
+
+
+def _unknown_is_eod() -> Tokenizer:
+    return Tokenizer(models.WordLevel({"</s>": 0, "a": 1}, unk_token="</s>"))
+
+
+LEAKING = {
+    _word_level: r"the end of document '</s>' \(id 1\) from the text '</s>'",
+    _unigram: r"the end of document '</s>' \(id 1\) from the text '</s>'",
+    _not_special: r"the end of document '</s>' \(id 4096\) from the text '</s>'",
+    _another_leaks: r"a special token \(id 1\) from the text '<pad>'",
+    _unknown_is_eod: r"the end of document '</s>' \(id 0\) from the text '",
+}
+
+
+@pytest.mark.parametrize("make", LEAKING)
+def test_a_tokenizer_that_finds_special_tokens_in_text_is_refused(
+    make: Callable[[], Tokenizer], tmp_path: Path
+) -> None:
+    """Whatever the file says of it: the model's vocabulary holds the literal, or nothing hides it."""
+    make().save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="to stay text, got " + LEAKING[make]):
+        open_tokenizer(tmp_path, eod_token="</s>")
+
+
+def test_an_ordinary_token_is_no_end_of_document() -> None:
+    """Of any format: it comes out of text."""
+    for name in ("bpe", "llama", "tekken.json"):
+        with pytest.raises(UserError, match=r"to stay text, got the end of document 'the' \(id \d+\)"):
+            open_tokenizer(tokenizer_folder(name), eod_token="the")
+
+
+def test_what_unknown_characters_give_is_no_literal_s_doing(tmp_path: Path) -> None:
+    tokenizer = _words({"[UNK]": 0, "a": 1})
+    tokenizer.add_special_tokens(["[UNK]", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    info = open_tokenizer(tmp_path, eod_token="</s>", encoder="tokenizers")
+    assert (info.eod_id, encoded(load_encoder(info), ["a </s> [UNK]"])) == (2, [[1, 0, 0]])
+
+
 REFUSED: dict[str, tuple[dict, str]] = {
     "ranks": ({}, "expected --pattern with the rank file"),
     "bpe": ({"encoder": "tiktoken"}, "expected --encoder auto, fastokens or tokenizers"),
@@ -229,8 +299,6 @@ def test_broken_files(content: bytes, message: str, tmp_path: Path) -> None:
 
 def test_fallback_is_announced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A word-level model, which fastokens does not run, goes to tokenizers with one warning that says so."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
     tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.save(str(tmp_path / "tokenizer.json"))

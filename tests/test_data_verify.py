@@ -9,10 +9,15 @@ import pytest
 from data_support import call_tool, read_documents, same_files, sample_texts, tokenizer_folder, write_parquet
 
 from megatron_act.compat import install_typing_override
+from megatron_act.data import merge as merging
+from megatron_act.data import staging
 from megatron_act.data.checksum import file_checksum
+from megatron_act.data.manifest import FORMAT, manifest_of
 from megatron_act.data.merge import merge
 from megatron_act.data.preprocess import make_plan, preprocess, run
 from megatron_act.data.verify import verify
+from megatron_act.data.work import Work
+from megatron_act.errors import UserError
 
 install_typing_override()
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder  # noqa: E402
@@ -120,7 +125,15 @@ def test_what_is_gone_is_named_not_failed(made: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "expected a manifest at"), ("[", "expected a manifest at"), ('{"format": "x/9"}', "expected the format")],
+    [
+        (None, "expected a manifest at"),
+        ("[", "expected a manifest at"),
+        ("[1]", "expected a manifest at"),
+        ('{"format": "x/9"}', "expected the format"),
+        (json.dumps({"format": FORMAT}), "expected a whole manifest at"),
+        (json.dumps({"format": FORMAT, "outputs": [1]}), "expected a whole manifest at"),
+        (json.dumps({"format": FORMAT, "outputs": [], "documents": []}), "expected a whole manifest at"),
+    ],
 )
 def test_verify_wants_a_manifest(content: str | None, message: str, tmp_path: Path) -> None:
     if content:
@@ -201,3 +214,40 @@ def test_merge_refuses_what_does_not_fit(tmp_path: Path) -> None:
     assert "expected a new output" in call_tool("merge", small, "--output-prefix", tmp_path / "out").stderr
     assert call_tool("merge", small, "--output-prefix", tmp_path / "out", "--overwrite").returncode == 0
     assert same_files(tmp_path / "out", small)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[1]", "1", "null", '{"outputs": [{}]}', json.dumps({"format": FORMAT}), "\x00"]
+)
+def test_other_files_named_like_a_manifest_are_passed_over(content: str, made: Path) -> None:
+    """Broken, foreign or without outputs, and sorted before ours."""
+    made.with_name("a.manifest.json").write_text(content)
+    expected = json.loads(Path(f"{made}.manifest.json").read_text())
+    assert manifest_of(made) == expected and manifest_of(made.with_name("none")) is None
+    assert merge([made], made.with_name("merged"))["tokenizer"] == expected["tokenizer"]
+
+
+def test_two_merges_at_the_same_time(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second begins where the first is about to publish: the first's three files come out."""
+    out, other, refused = made.with_name("merged"), made.with_name("other"), []
+    by_megatron(other, PARTS[0], np.uint16)
+
+    def publish(*files: object) -> None:
+        monkeypatch.undo()
+        refused.append(call_tool("merge", other, "--output-prefix", out, "--overwrite"))
+        staging.publish(*files)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(merging, "publish", publish)
+    merge([made], out)
+    assert refused[0].returncode == 2 and "another run is using" in refused[0].stderr
+    assert same_files(out, made) and verify(out).problems == []
+    assert len(list(made.parent.glob("merged*"))) == 3
+
+
+def test_a_merge_leaves_an_unfinished_tokenization_alone(made: Path) -> None:
+    work = Work(made.with_name("merged.work"))
+    work.tasks.mkdir(parents=True)
+    work.plan_file.write_text("{}")
+    with pytest.raises(UserError, match="expected no tokenization with the output"):
+        merge([made], made.with_name("merged"), overwrite=True)
+    assert work.plan_file.read_text() == "{}"

@@ -23,9 +23,7 @@ def build(monkeypatch: pytest.MonkeyPatch, args: Namespace | None, **config: flo
 
 def test_the_factor_of_rotary_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = Namespace(use_rope_scaling=True, rope_scaling_factor=32.0)
-    with pytest.raises(
-        ValueError, match=r"factor 32: expected a model with it, got one with 8: .* drops"
-    ):
+    with pytest.raises(ValueError, match=r"factor 32: expected a model with it, got one with 8: .* drops"):
         build(monkeypatch, wanted, rope_scaling_factor=8.0)
     build(monkeypatch, wanted, rope_scaling_factor=32.0)
     build(monkeypatch, Namespace(use_rope_scaling=False, rope_scaling_factor=32.0), rope_scaling_factor=8.0)

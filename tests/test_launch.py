@@ -1,16 +1,21 @@
 """The launcher's input and what it renders, without running any of it."""
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
 from launch_support import GPUS, MODEL, NODES, PLATFORMS, ROOT, script_of, write_config
 
+from megatron_act import preflight_storage
 from megatron_act.errors import UserError
+from megatron_act.experiment import quickstart, small
 from megatron_act.launch.__main__ import PLATFORMS as RENDERERS
 from megatron_act.launch.__main__ import job_of, main, parser
 from megatron_act.launch.environment import VARIABLES
@@ -56,7 +61,18 @@ def test_every_script_is_clean_bash(platform: str, config: Path) -> None:
 
 
 def test_our_own_scripts_are_clean_bash() -> None:
-    assert shellcheck((ROOT / "launch" / "pretrain.sh").read_text()) == ""
+    for name in ("pretrain", "quickstart", "reproduce_paper", "reproduce_small"):
+        assert shellcheck((ROOT / "launch" / f"{name}.sh").read_text()) == "", name
+
+
+@pytest.mark.parametrize(("name", "module"), [("quickstart", quickstart), ("reproduce_small", small)])
+def test_help_names_every_flag_and_builds_nothing(name: str, module: ModuleType, tmp_path: Path) -> None:
+    env = {**os.environ, "MEGATRON_ACT_VENV": str(tmp_path / "venv"), "PYTHON": "/no/python"}
+    command = ["bash", str(ROOT / "launch" / f"{name}.sh"), "--help"]
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr, list(tmp_path.iterdir())) == (0, "", [])
+    listed = set(re.findall(r"^  (--[a-z-]+) ", done.stdout, re.MULTILINE))
+    assert listed == {action.option_strings[-1] for action in module.parser()._actions} - {"--help"}
 
 
 @pytest.mark.parametrize("platform", EXAMPLES)
@@ -87,12 +103,35 @@ def test_slurm_directives(config: Path, tmp_path: Path) -> None:
     cluster.write_text(yaml.safe_dump({"LAUNCH": keys}))
     text = rendered("slurm", config, "--cluster", str(cluster))
     directives = dict(re.findall(r"^#SBATCH --([a-z-]+)=?(.*)$", text, re.MULTILINE))
-    log = f"{tmp_path}/runs/demo/logs/%x-%j.log"
     wanted = {"nodes": "4", "gpus-per-node": "8", "requeue": "", "signal": "B:USR1@120", "time": "02:00:00"}
     assert wanted.items() <= directives.items()
-    assert {"partition": "gpu", "open-mode": "append", "output": log}.items() <= directives.items()
+    assert {"partition": "gpu", "open-mode": "append", "output": "%x-%j.log"}.items() <= directives.items()
     assert f"apptainer exec --nv --bind {ROOT},{tmp_path}/runs act.sif bash" in text
     assert "%x-%j-node%n.log" in text
+
+
+def test_slurm_can_open_the_log_of_a_first_submission(config: Path, tmp_path: Path) -> None:
+    """Before the script runs, slurmd opens the file, from the folder of submission; no folder: the job fails."""
+    (log,) = re.findall(r"^#SBATCH --output=(.*)$", rendered("slurm", config), re.MULTILINE)
+    assert (tmp_path / log).parent.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted"),
+    [
+        ("nvcr.io/nvidia/pytorch:26.06-py3", "nvcr.io#nvidia/pytorch:26.06-py3"),
+        ("localhost:5000/act:1", "localhost:5000#act:1"),
+        ("nvcr.io#nvidia/pytorch:26.06-py3", "nvcr.io#nvidia/pytorch:26.06-py3"),
+        ("nvidia/cuda:13.0.1", "nvidia/cuda:13.0.1"),
+        ("/images/act.1/act.sqsh", "/images/act.1/act.sqsh"),
+        ("./act.1/act.sqsh", "./act.1/act.sqsh"),
+    ],
+)
+def test_pyxis_gets_the_registry_as_enroot_reads_it(image: str, wanted: str, tmp_path: Path) -> None:
+    config = write_config(tmp_path, {"output": str(tmp_path), "image": image, "runtime": "pyxis"})
+    (got,) = re.findall(r"--container-image=(\S+)", rendered("slurm", config))
+    assert shlex.split(got) == [wanted]
+    assert pods("kubernetes", rendered("kubernetes", config))["Master"][1]["containers"][0]["image"] == image
 
 
 def test_a_cpu_job_asks_for_no_gpu(config: Path) -> None:
@@ -133,6 +172,14 @@ def test_kubernetes_objects_fit_together(platform: str, kind: str, config: Path)
         assert pod["terminationGracePeriodSeconds"] == 300
 
 
+def test_kubernetes_lets_a_job_be_preempted_often(config: Path) -> None:
+    """Each time all pods start again. The operator fails a job as soon as their restarts together reach its limit."""
+    survived = 99
+    (_, job), (_, jobset) = (yaml.safe_load_all(rendered(platform, config)) for platform in ("kubernetes", "jobset"))
+    assert job["spec"]["runPolicy"]["backoffLimit"] > survived * NODES
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > survived
+
+
 def test_node_0_is_found_by_the_name_that_it_has(config: Path) -> None:
     """The operator names replicas JOB-master-0; a JobSet's pods are SET-JOB-0-INDEX.SUBDOMAIN."""
     assert set(pods("kubernetes", rendered("kubernetes", config))) == {"Master", "Worker"}
@@ -155,6 +202,20 @@ def test_skypilot_task(config: Path) -> None:
     assert (task["num_nodes"], task["resources"]["accelerators"]) == (NODES, f"H100:{GPUS}")
     assert task["resources"]["job_recovery"] == {"max_restarts_on_errors": 3, "recover_on_exit_codes": [143]}
     assert "PREEMPTED=143" in task["run"]
+
+
+def test_the_preflight_waits_for_a_file_in_a_cached_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SkyPilot uploads it after 1 s and lists a folder again after 10 s; both, and the upload, may take longer."""
+    clock, probe = [0.0], tmp_path / "probe"
+
+    def sleep(seconds: float) -> None:
+        clock[0] += seconds
+        if clock[0] >= 30:
+            probe.touch()
+
+    monkeypatch.setattr(preflight_storage, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
+    assert preflight_storage._appears(probe)
+    assert clock[0] == pytest.approx(30, abs=0.5)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,15 @@ from launch_support import ROOT, write_config
 
 pytestmark = pytest.mark.distributed
 FLAGS = {"--ckpt-format": "torch"}  # written in the same process: seconds less
+# Runs as a rank starts: nobody writes the file of "--save, shared" here, and the real time would be waited for.
+SOON = """
+import sys
+if "megatron_act.preflight" in sys.orig_argv:
+    from megatron_act.compat import install_typing_override
+    install_typing_override()
+    from megatron_act import preflight_storage
+    preflight_storage.SEEN_SECONDS = 0.3
+"""
 LAUNCH = [sys.executable, "-m", "megatron_act.launch"]
 
 
@@ -74,6 +83,7 @@ def test_a_failed_preflight_names_everything_and_trains_nothing(tmp_path: Path) 
     (tmp_path / "file").touch()
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").touch()
+    (tmp_path / "sitecustomize.py").write_text(SOON)
     wrong = ["--num-attention-heads", "3", "--kv-channels", "8", "--global-batch-size", "7", "--ffn-hidden-size", "97"]
     done = launch(tmp_path, "--gpus-per-node", "2", "--", "--cpu", *wrong, "--save", str(tmp_path / "file" / "x"))
     assert done.returncode == 2, done.stdout[-3000:]

@@ -20,6 +20,7 @@ install_typing_override()
 
 from megatron_act import preflight_data, preflight_groups, preflight_storage  # noqa: E402
 from megatron_act.data.indexed import single_documents, write_pair  # noqa: E402
+from megatron_act.data.manifest import FORMAT  # noqa: E402
 from megatron_act.errors import UserError  # noqa: E402
 
 TOKENS, LENGTHS = 100, (30, 50, 20)
@@ -58,6 +59,7 @@ def test_a_cut_index(prefix: str) -> None:
 def manifest(prefix: str, tokenizer: bytes, vocab_size: int = 128) -> None:
     """As the tokenization writes it beside the parts of a split."""
     content = {
+        "format": FORMAT,
         "outputs": [{"bin": {"file": Path(prefix).name + ".bin"}}],
         "vocab_size": vocab_size,
         "tokenizer": {"file": "/elsewhere/tokenizer.json", "sha256": hashlib.sha256(tokenizer).hexdigest()},
@@ -76,6 +78,22 @@ def test_the_tokenizer_that_made_the_data(prefix: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes(b"{ }")
     with pytest.raises(UserError, match=r"expected the tokenizer that made .* \(sha256 44136fa355b3\), got"):
         preflight_data.made_by(prefix, args, 128)
+
+
+def test_data_that_records_no_tokenizer(prefix: str) -> None:
+    """As of merged parts that differ; a vocabulary that is recorded is compared all the same."""
+    path = Path(prefix).with_name("text.manifest.json")
+    content = {"format": FORMAT, "outputs": [{"bin": {"file": Path(prefix).name + ".bin"}}], "tokenizer": None}
+    for vocab_size in (None, 128):
+        path.write_text(json.dumps({**content, "vocab_size": vocab_size}))
+        found = preflight_data.made_by(prefix, Namespace(tokenizer_model=None), 128)
+        assert found == "no tokenizer recorded: the vocabulary alone is compared"
+    with pytest.raises(UserError, match="expected a tokenizer of 128 tokens"):
+        preflight_data.made_by(prefix, Namespace(tokenizer_model=None), 127)
+    for foreign in ("{", "[1]"):
+        path.write_text(foreign)
+        found = preflight_data.made_by(prefix, Namespace(tokenizer_model=None), 128)
+        assert found == "no manifest: the vocabulary alone is compared"
 
 
 def arguments(prefix: str, **changes: object) -> Namespace:

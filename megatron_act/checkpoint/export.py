@@ -130,11 +130,13 @@ def export(
         progress: show a progress bar on standard error.
 
     Raises:
-        UserError: not a checkpoint, a model that no family represents, an output that exists, a wrong vocabulary size.
+        UserError: not a checkpoint or not a whole one, a model that no family represents, an output that exists, a
+            wrong vocabulary size.
     """
     output = Path(output)
     check_output(output, overwrite)
     checkpoint = MegatronCheckpoint(load)
+    checkpoint.check_whole()
     args, activation = checkpoint.args, trained_activation(checkpoint.args)
     chosen = families.choose(args, activation, family)
     if chosen is families.ARCEE_XIELU:

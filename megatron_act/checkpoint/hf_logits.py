@@ -33,11 +33,12 @@ def open_model(folder: str, trust: bool = False) -> Any:
 
 
 def open_tokenizer(folder: str) -> Any:
-    """The folder's tokenizer, None if it has none."""
+    """The folder's tokenizer, None if it has none; code in the folder never reads it, whatever the model needs."""
     has_one = any(
         (Path(folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
     )
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True) if has_one else None
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    return AutoTokenizer.from_pretrained(folder, **options) if has_one else None
 
 
 def token_windows(request: dict[str, Any], tokenizer: Any, vocab_size: int) -> torch.Tensor:

@@ -92,7 +92,7 @@ def _completed(folder: Path) -> dict[str, Any]:
         raise UserError(f"--hf {folder}: expected model_type {', '.join(families.NAMES)}, got {kind!r}")
     reader: Any = MegatronActConfig if kind == families.OWN else AutoConfig
     try:
-        return reader.from_pretrained(folder, local_files_only=True).to_dict()
+        return reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
     except Exception as error:  # whatever transformers' own checks raise
         why = " ".join(str(error).split())  # theirs have several lines
         raise UserError(f"--hf {folder}: expected a config that transformers reads, got: {why}") from None

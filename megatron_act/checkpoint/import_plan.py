@@ -1,9 +1,10 @@
 """What an imported checkpoint consists of: the chunks of Megatron's tensors and the Hugging Face tensors in each."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ class Swapped:
 
     activation: str
     raw: list[dict[str, float]]
+
+
+def geometry_of(config: Mapping[str, Any]) -> Geometry:
+    """Sizes of heads and vocabulary by a config with transformers' defaults."""
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    return Geometry(heads, config.get("num_key_value_heads") or heads, head_dim, config["vocab_size"])
 
 
 def megatron_shapes(source: Source, geometry: Geometry, padded: int) -> dict[str, tuple[int, ...]]:
@@ -66,11 +74,8 @@ class Plan:
         swapped: Swapped | None,
     ) -> None:
         self.source, self.folder, self.dtype, self.swapped = source, folder, dtype, swapped
-        config = source.config
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        self.geometry = Geometry(heads, config.get("num_key_value_heads") or heads, head_dim, config["vocab_size"])
-        self.layers, self.padded = config["num_hidden_layers"], padded
+        self.geometry = geometry_of(source.config)
+        self.layers, self.padded = source.config["num_hidden_layers"], padded
         self.shapes = megatron_shapes(source, self.geometry, padded)
         self.used: set[str] = set()
         self._notes: list[str] = []

@@ -40,8 +40,9 @@ def _facts(content: dict[str, Any]) -> dict[str, str]:
     facts.update(content.get("opens_in", {}))
     cost = content["conversion"]
     facts["converting"] = (
-        f"at most {_gb(cost['peak_memory_bytes'])} of memory (largest tensor: {cost['largest_tensor']}, "
-        f"{_gb(cost['largest_tensor_bytes'])}), {_gb(cost['disk_bytes'])} of disk in the stored dtype"
+        f"at most {_gb(cost['peak_memory_bytes'])} of memory, {_gb(cost['peak_memory_bytes_float32'])} with --dtype "
+        f"float32 (largest tensor: {cost['largest_tensor']}, {_gb(cost['largest_tensor_bytes'])}), "
+        f"{_gb(cost['disk_bytes'])} of disk in the stored dtype"
     )
     return facts
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_act.checkpoint import families
 from megatron_act.checkpoint.hf_config import AUTO_MAP
-from megatron_act.checkpoint.info_cost import cost
+from megatron_act.checkpoint.info_cost import Piece, cost
 from megatron_act.checkpoint.info_openers import openers
 from megatron_act.checkpoint.reader import LAYERS, MegatronCheckpoint
 from megatron_act.checkpoint.scalars import trained_activation
@@ -37,7 +37,12 @@ _SCALAR = re.compile(r"decoder\.layers\.(?:(\d+)\.)?mlp\.(.*?)activation_func\.(
 
 
 def describe_checkpoint(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
-    """Iteration, layout, model, tensors, the scalars' effective values by layer, destination, a conversion's cost."""
+    """Iteration, layout, model, tensors, the scalars' effective values by layer, destination, a conversion's cost.
+
+    Raises:
+        UserError: a file of it is cut short or missing.
+    """
+    checkpoint.check_whole()
     args, activation = checkpoint.args, trained_activation(checkpoint.args)
     tensors = checkpoint.keys()
     elements = {name: torch.Size(info.shape).numel() for name, info in tensors.items()}
@@ -56,7 +61,7 @@ def describe_checkpoint(checkpoint: MegatronCheckpoint) -> dict[str, Any]:
         ],
         **_destination(args, activation),
         "conversion": cost(
-            [(name, _read_at_once(name, info.shape) * info.dtype.itemsize) for name, info in tensors.items()],
+            [Piece(name, _read_at_once(name, info.shape), info.dtype.itemsize) for name, info in tensors.items()],
             sum(elements[name] * info.dtype.itemsize for name, info in tensors.items()),
         ),
     }

@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 
+from megatron_act.checkpoint import families
+from megatron_act.checkpoint.import_flags import open_source
 from megatron_act.checkpoint.info_checkpoint import short
-from megatron_act.checkpoint.info_cost import cost, cost_of_shape
+from megatron_act.checkpoint.info_cost import Piece, cost, cost_of_shape
 from megatron_act.checkpoint.info_openers import openers
+from megatron_act.checkpoint.info_own import own_pieces
 from megatron_act.checkpoint.safetensors_folder import SafetensorsFolder
 from megatron_act.checkpoint.writer import INDEX, SINGLE
 from megatron_act.errors import UserError
@@ -27,6 +30,8 @@ MODEL = (
     "head_dim",
     "vocab_size",
 )
+FUSED = {rule.hf: rule.megatron for rule in (*families.ATTENTION, *families.GATED_MLP)}
+_LAYER = re.compile(r"(model\.layers\.\d+\.)(.*)$")
 _SCALAR = re.compile(r"model\.layers\.(\d+)\.mlp\.(?:experts\.(\d+)\.)?act_fn\.(\w+)$")
 
 
@@ -43,7 +48,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
         "opens_in": openers(config),
     }
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)):
-        return {**described, "tensors": [], **_from_flags(from_hf(folder), _itemsize(config))}
+        return {**described, "tensors": [], **_without_weights(folder, config)}
     weights = SafetensorsFolder(folder)
     if config.get("hidden_act") == "xielu" and "auto_map" not in config and (missing := _missing(weights)):
         why = f"no: {len(missing)} tensors are missing and would be random: {missing[0]}"
@@ -72,6 +77,14 @@ def _itemsize(config: dict[str, Any]) -> int:
     return 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
 
 
+def _without_weights(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("model_type") != families.OWN:
+        return _from_flags(from_hf(folder), _itemsize(config))
+    pieces = own_pieces(open_source(folder), _itemsize(config))
+    total = sum(piece.size_bytes for piece in pieces)
+    return {"parameters": sum(piece.elements for piece in pieces), "conversion": cost(pieces, total)}
+
+
 def _from_flags(flags: Flags, itemsize: int) -> dict[str, Any]:
     scalars = {name: len(kernels.get(name).params) for name in kernels.names()}
     size = shape(flags, scalars)
@@ -81,7 +94,6 @@ def _from_flags(flags: Flags, itemsize: int) -> dict[str, Any]:
 
 def _weights(weights: SafetensorsFolder, activation: str) -> dict[str, Any]:
     sizes = {name: torch.Size(stored.shape).numel() for name, stored in weights.tensors.items()}
-    pieces = [(name, sizes[name] * stored.dtype.itemsize) for name, stored in weights.tensors.items()]
     return {
         "parameters": sum(count for name, count in sizes.items() if weights.tensors[name].shape),
         "scalars_by_layer": _scalars(weights, activation),
@@ -89,8 +101,22 @@ def _weights(weights: SafetensorsFolder, activation: str) -> dict[str, Any]:
             {"name": name, "shape": list(stored.shape), "dtype": short(stored.dtype), "file": stored.file.name}
             for name, stored in weights.tensors.items()
         ],
-        "conversion": cost(pieces, sum(size for _, size in pieces)),
+        "conversion": cost(
+            _pieces(weights), sum(sizes[name] * stored.dtype.itemsize for name, stored in weights.tensors.items())
+        ),
     }
+
+
+def _pieces(weights: SafetensorsFolder) -> list[Piece]:
+    """Megatron's tensors: those that it fuses are one, in the widest of their dtypes."""
+    found: dict[str, Piece] = {}
+    for name, stored in weights.tensors.items():
+        layer, rest = (match[1], match[2]) if (match := _LAYER.match(name)) else ("", name)
+        key = layer + FUSED.get(rest, rest)
+        _, elements, itemsize = found.get(key, Piece(key, 0, 0))
+        elements += torch.Size(stored.shape).numel()
+        found[key] = Piece(key, elements, max(itemsize, stored.dtype.itemsize))
+    return list(found.values())
 
 
 def _missing(weights: SafetensorsFolder) -> list[str]:

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_act.checkpoint.lengths import shortened
 from megatron_act.checkpoint.restricted import read_metadata
 from megatron_act.checkpoint.resume import identity_of
 from megatron_act.checkpoint.safe_pickle import load_plain
@@ -70,6 +71,14 @@ class MegatronCheckpoint:
             raise UserError(
                 f"{self.path}: expected a complete checkpoint, got a broken .metadata file: {error}"
             ) from error
+
+    def check_whole(self) -> None:
+        """Raises UserError for a file that is missing or shorter than ``.metadata`` says."""
+        if why := shortened(self.path, self._metadata):
+            raise UserError(
+                f"{self.path}: expected a complete checkpoint, got a broken one ({why}): copy it again or give another "
+                "iteration's folder"
+            )
 
     @property
     def identity(self) -> str:

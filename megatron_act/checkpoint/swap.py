@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_act.checkpoint.import_flags import Source
 from megatron_act.checkpoint.import_plan import Swapped
 from megatron_act.checkpoint.safetensors_folder import SafetensorsFolder
+from megatron_act.checkpoint.tokenizer import open_words, read_tokenizer
 from megatron_act.errors import UserError
 from megatron_act.kernels import api as kernels
 
@@ -151,8 +152,6 @@ def sampled(source: Source, text: str) -> list[Tensor]:
     Raises:
         UserError: no tokenizer in the folder, or a text without tokens.
     """
-    from megatron_act.checkpoint.tokenizer import read_tokenizer
-
     model = _model(source)
     ids = _tokens(read_tokenizer(source.folder).folder, text)
     found: list[list[Tensor]] = [[] for _ in model.model.layers]
@@ -167,9 +166,7 @@ def sampled(source: Source, text: str) -> list[Tensor]:
 
 
 def _tokens(folder: Path, text: str) -> Tensor:
-    from transformers import AutoTokenizer
-
-    ids = AutoTokenizer.from_pretrained(folder, local_files_only=True)(text, add_special_tokens=False)["input_ids"]
+    ids = open_words(folder)(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise UserError("--text: expected some tokens, got none")
     return torch.tensor(ids)
@@ -182,4 +179,5 @@ def _model(source: Source) -> Any:
     from megatron_act.checkpoint.modeling_megatron_act import MegatronActForCausalLM
 
     reader: Any = MegatronActForCausalLM if source.family.ships_code else AutoModelForCausalLM
-    return reader.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True).eval()
+    options: dict[str, Any] = {"dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+    return reader.from_pretrained(source.folder, **options).eval()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_act.checkpoint.families import OWN
 from megatron_act.errors import UserError
 
 MARKERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
@@ -55,19 +56,32 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(
             f"--tokenizer {folder}: expected a folder with tokenizer.json, got none: give the tokenizer's folder"
         )
-    from transformers import AutoTokenizer
-
-    try:
-        words = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"--tokenizer {folder}: expected tokenizer files that transformers reads, got: {error}"
-        ) from error
+    words = open_words(folder)
     files = sorted(
         file for file in folder.iterdir() if file.suffix in SUFFIXES and not _is_weights(file.name) and file.is_file()
     )
     size = max(words.get_vocab().values()) + 1
     return Tokenizer(folder, tuple(files), size, {name: getattr(words, name) for name in SPECIAL}, _generation(folder))
+
+
+def open_words(folder: Path) -> Any:
+    """The folder's tokenizer as transformers reads it; code in the folder never runs.
+
+    Raises:
+        UserError: transformers cannot read it, or not without the folder's code.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from megatron_act.checkpoint.configuration_megatron_act import MegatronActConfig
+
+    AutoConfig.register(OWN, MegatronActConfig, exist_ok=True)  # AutoTokenizer looks at config.json beside the words
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"--tokenizer {folder}: expected tokenizer files that transformers reads without code of the folder, "
+            f"got: {error}"
+        ) from error
 
 
 def _generation(folder: Path) -> dict[str, Any] | None:

@@ -56,11 +56,13 @@ def verify_all(
         by layer, the number of equal greedy tokens, and the generated text.
 
     Raises:
-        UserError: not a checkpoint, not a model folder, foreign code in it, or a folder that transformers does not open
-            in full.
+        UserError: not a checkpoint or not a whole one, not a model folder, foreign code in it, or a folder that
+            transformers does not open in full.
         RuntimeError: Megatron failed; carries its last lines.
     """
     checkpoints = [find_iteration(load).resolve() for load, _ in pairs]
+    for path in checkpoints:
+        MegatronCheckpoint(path).check_whole()
     options = {"text": text, "prompt": prompt, "windows": windows, "length": length}
     options |= {"new_tokens": new_tokens, "sample": sample, "trust": trust_remote_code}
     requests = [options | {"folder": str(_model_folder(hf))} for _, hf in pairs]

@@ -49,7 +49,7 @@ def check_schema(path: str, schema: pa.Schema, columns: Columns) -> None:
     """Check names and types.
 
     Raises:
-        UserError: a column is missing or of another type.
+        UserError: a column is missing, there twice, or of another type.
     """
     for name in columns.strings():
         _check_column(path, schema, name, "string", is_string)
@@ -63,6 +63,8 @@ def _check_column(path: str, schema: pa.Schema, name: str, kind: str, accepts: C
             f"{path}: expected a column '{name}' of type {kind}, got columns {', '.join(schema.names) or 'none'}; "
             "name the text column with --text-column, and filter or split only by columns that exist"
         )
+    if (count := schema.names.count(name)) > 1:
+        raise UserError(f"{path}: expected one column '{name}', got {count} of that name; rename or drop the others")
     if not accepts(schema.field(name).type):
         got = schema.field(name).type
         raise UserError(f"{path}: expected column '{name}' of type {kind}, got {got}; convert it or name another")

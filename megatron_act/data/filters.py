@@ -79,7 +79,8 @@ def _tests(batch: pa.RecordBatch, text_column: str, filters: Filters) -> Iterato
         yield "min_chars", _numpy(pc.greater_equal(pc.utf8_length(text), filters.min_chars))
     for column in filters.numbers():
         bound = getattr(filters, "min_" + column)
-        yield "min_" + column, _numpy(pc.greater_equal(batch.column(column), bound))
+        numbers = batch.column(column).cast(pa.float64(), safe=False)  # float16 and integers above 2^53 compare too
+        yield "min_" + column, _numpy(pc.greater_equal(numbers, bound))
     if filters.dumps:
         dumps = batch.column("dump")
         yield "dump", _numpy(pc.is_in(dumps, pa.array(filters.dumps, dumps.type)))

@@ -1,5 +1,6 @@
 """What a data set's manifest adds to its two files: checksums to compare, and the tokenizer to read it with."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ def find(prefix: str) -> tuple[Path, dict[str, Any]] | None:
     for path in sorted(base.parent.glob("*" + SUFFIX)):
         if base.name.startswith(path.name.removesuffix(SUFFIX)):
             manifest = _read(path)
-            if any(output["bin"]["file"] == base.name + ".bin" for output in manifest.get("outputs", ())):
-                return path, manifest
+            with contextlib.suppress(KeyError, TypeError, AttributeError):  # another's file of such a name
+                if any(output["bin"]["file"] == base.name + ".bin" for output in manifest["outputs"]):
+                    return path, manifest
     return None
 
 
@@ -67,7 +69,7 @@ def decoder(prefix: str, tokenizer: str | None, ids: int) -> Decoder:
     if tokenizer is not None:
         return _fitting(open_decoder(tokenizer), ids, f"{prefix}.bin")
     found = find(prefix)
-    recorded = found[1].get("tokenizer", {}) if found else {}
+    recorded = (found[1].get("tokenizer") if found else None) or {}
     file = Path(recorded.get("file", ""))
     if file.is_file() and file_sha256(file) == recorded.get("sha256"):
         return _fitting(open_decoder(file, recorded.get("pattern")), ids, f"{prefix}.bin")

@@ -4,6 +4,7 @@ A compressed stream that ends early is an error, not an end. A key that a line l
 be there.
 """
 
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -96,9 +97,13 @@ def _string(value: Any, name: str, encoding: str, where: str) -> bytes | None:
 
 
 def _number(value: Any, name: str, where: str) -> float | None:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-        return value
-    raise UserError(f"{where}: expected column '{name}' of type number, got {type(value).__name__}; correct it")
+    if value is None:
+        return None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    got = type(value).__name__
+    raise UserError(f"{where}: expected column '{name}' of type number, got {got}; give one that a float64 holds")
 
 
 def _batch(rows: list[list[Any]], columns: Columns, where: str) -> pa.RecordBatch:

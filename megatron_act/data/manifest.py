@@ -1,5 +1,6 @@
 """What a data set was made from and by, as JSON: enough to make it again and to check it."""
 
+import contextlib
 import json
 import platform
 import re
@@ -100,10 +101,19 @@ def read_manifest(path: Path) -> dict:
 
 
 def manifest_of(prefix: str | Path) -> dict | None:
-    """The manifest in the same folder that lists `PREFIX.bin`: its own, or that of its split or shards."""
+    """The manifest in the same folder that lists `PREFIX.bin`: its own, or that of its split or shards.
+
+    Files of that name that are no manifests of ours, or are broken, are passed over.
+    """
     prefix = Path(prefix)
-    for path in sorted(prefix.parent.glob("*.manifest.json")):
+    found = (_listing(path, prefix.name + ".bin") for path in sorted(prefix.parent.glob("*.manifest.json")))
+    return next((manifest for manifest in found if manifest), None)
+
+
+def _listing(path: Path, name: str) -> dict | None:
+    """The manifest at a path if it is ours and lists a file."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         manifest = read_manifest(path)
-        if prefix.name + ".bin" in [output["bin"]["file"] for output in manifest.get("outputs", ())]:
+        if manifest["format"] == FORMAT and name in [output["bin"]["file"] for output in manifest["outputs"]]:
             return manifest
     return None

@@ -1,5 +1,6 @@
 """Data sets of Megatron's one after the other as one: what IndexedDatasetBuilder.add_index does, in bounded memory."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,7 +8,8 @@ from megatron_act.data.checksum import file_checksum
 from megatron_act.data.indexed import Part, bin_path, idx_path, read_index, write_pair
 from megatron_act.data.manifest import FORMAT, manifest_of, versions, write_manifest
 from megatron_act.data.plan import WHOLE, final_paths, outputs
-from megatron_act.data.staging import check_absent, publish, staging_folder
+from megatron_act.data.staging import check_absent, publish
+from megatron_act.data.work import Work, finish, locked, work_folder
 from megatron_act.errors import UserError
 
 SHARED = ("vocab_size", "eod_token", "eod_id", "tokenizer")  # told of the whole where all parts agree
@@ -17,6 +19,8 @@ def merge(
     prefixes: Sequence[str | Path], output_prefix: str | Path, *, overwrite: bool = False, command: str | None = None
 ) -> dict:
     """Write `P.bin`, `P.idx` and `P.manifest.json` from existing pairs, in the order given.
+
+    The output is held meanwhile, by the folder `P.work`, which a tokenization would hold too.
 
     Args:
         prefixes: each a path without `.bin` and `.idx`; made by this tool or any other.
@@ -30,18 +34,22 @@ def merge(
 
     Raises:
         UserError: no such pair, different dtypes, a `.bin` of another length than its index says, or an output that
-            exists or cannot be written.
+            exists, cannot be written, is another run's at this moment or that of an unfinished one.
     """
     prefix = Path(output_prefix)
     finals = final_paths(str(prefix), outputs(str(prefix), None, None))
-    check_absent(finals, overwrite)
     opened = [read_index(item) for item in prefixes]
     kinds = {dtype.name for _, dtype in opened}
     if len(kinds) != 1:
         raise UserError(f"expected data sets of one dtype, got {', '.join(sorted(kinds)) or 'none'}; build them alike")
     parts, dtype = [part for part, _ in opened], opened[0][1]
     tokens = sum(_tokens(part, dtype.itemsize) for part in parts)
-    with staging_folder(prefix) as staging:
+    _check_no_run(prefix)
+    with locked(prefix) as work:
+        check_absent(finals, overwrite)
+        staging = work.folder / "out"
+        shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+        staging.mkdir()
         files = write_pair(staging / prefix.name, parts, dtype)
         documents = sum(part.marks.count - 1 for part in parts)
         manifest = {
@@ -58,7 +66,17 @@ def merge(
         staged = [staging / final.name for final in finals]
         write_manifest(staged[-1], manifest)
         publish(staged, finals)
+        finish(work)
     return manifest
+
+
+def _check_no_run(prefix: Path) -> None:
+    """A tokenization with this output keeps its work where a merge does, which removes it."""
+    if (plan := Work(work_folder(prefix)).plan_file).is_file():
+        raise UserError(
+            f"expected no tokenization with the output {prefix}, got the plan of one in {plan}; let it finish "
+            "(--resume) or name another output"
+        )
 
 
 def _tokens(part: Part, itemsize: int) -> int:

@@ -1,4 +1,4 @@
-"""Text on which encoders that look equal differ, and the comparison that decides whether the fast one may be used."""
+"""Text on which encoders that look equal differ, what comes of a special token's literal, and both comparisons."""
 
 import random
 from collections.abc import Sequence
@@ -32,6 +32,7 @@ HARD = (
     "<|endoftext|" + "> <|endoftext |> <<|endoftext|>> &lt;/s&gt; ##\u2581 \u0120\u010a \u00f0\u0178\u2018\u008d",
     "\u2581 \u2581\u2581x \u2581" * 5 + "<0x41> <0x0A>",
 )
+UNKNOWN = "\U00012345 \U0010fffd"  # characters that a vocabulary without bytes lacks
 PLANES = (
     (0x20, 0x7E),
     (0x0, 0x1F),
@@ -70,3 +71,20 @@ def differences(one: Encoder, other: Encoder, texts: list[str]) -> list[str]:
     """The texts that the two encode differently."""
     rows = [np.split(ids, offsets[1:-1]) for ids, offsets in (one.encode(texts), other.encode(texts))]
     return [text for text, ours, theirs in zip(texts, *rows, strict=True) if not np.array_equal(ours, theirs)]
+
+
+def leaks(encoder: Encoder, specials: dict[str, int], eod_id: int) -> list[tuple[str, int]]:
+    """Special tokens' ids that come out of text, where their literals should stay text.
+
+    Args:
+        specials: literal to id.
+        eod_id: may come out of no text; another special id may where it is what unknown characters give.
+
+    Returns:
+        (text, id) for each of the literals, alone and in running text, that gives one.
+    """
+    texts = [UNKNOWN, *(form for token in specials for form in (token, f"a {token} b{token}c"))]
+    ids, offsets = encoder.encode(texts)
+    unknown, *rows = (set(row.tolist()) for row in np.split(ids, offsets[1:-1]))
+    wrong = {eod_id, *specials.values()} - (unknown - {eod_id})
+    return [(text, min(wrong & row)) for text, row in zip(texts, [unknown, *rows], strict=True) if wrong & row]

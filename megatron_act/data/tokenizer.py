@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_act.data.encoders import Encoder, FastokensEncoder, TokenizersEncoder
-from megatron_act.data.probe import LITERALS, adversarial_texts, differences
+from megatron_act.data.probe import LITERALS, adversarial_texts, differences, leaks
 from megatron_act.data.ranked_bpe import is_ranks, is_tekken, open_ranks, open_tekken
 from megatron_act.data.sentencepiece_bpe import open_sentencepiece
 from megatron_act.errors import UserError
@@ -68,13 +68,13 @@ class HuggingFaceFile:
             raise UserError(f"{message}; give --tokenizer a readable one") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True
+        tokenizer.encode_special_tokens = True  # the model may still hold them: see `_check_literals`
         return tokenizer
 
     @cached_property
     def size(self) -> int:
         """Largest id + 1, added tokens included."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @property
     def default_eod(self) -> str:
@@ -85,6 +85,12 @@ class HuggingFaceFile:
     def literals(self) -> list[str]:
         """Added tokens as they may stand in a text."""
         return [token.content for token in self._tokenizer.get_added_tokens_decoder().values()][:20]
+
+    @property
+    def specials(self) -> dict[str, int]:
+        """Ids of the added tokens that are marked special."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
 
     def id_of(self, token: str) -> int | None:
         """The id of a token, added or not."""
@@ -164,7 +170,8 @@ def open_tokenizer(
         eod_id: for a rank file: the EOD's id where it is not the named pattern's.
 
     Raises:
-        UserError: no such file, not a tokenizer, EOD not in the vocabulary, or a named encoder that does not fit.
+        UserError: no such file, not a tokenizer, EOD not in the vocabulary, a text that holds a special token's literal
+            gives its id (so EOD would stand within documents), or a named encoder that does not fit.
     """
     file = find_file(Path(path))
     vocabulary = open_vocabulary(file, pattern, eod_id)
@@ -175,7 +182,9 @@ def open_tokenizer(
             f"expected the end-of-document token '{eod}' in the vocabulary of {file}, got {size} tokens without it; "
             "name an existing one with --eod-token"
         )
-    chosen = _choose_encoder(vocabulary, encoder)
+    reference = vocabulary.reference()
+    _check_literals(vocabulary, reference, eod, found)
+    chosen = _choose_encoder(vocabulary, reference, encoder)
     checksum = hashlib.sha256(file.read_bytes()).hexdigest()
     info = TokenizerInfo(str(file), checksum, size, eod, found, chosen.name, vocabulary.kind, pattern)
     _keep(info, chosen)
@@ -217,8 +226,21 @@ def _configured_eos(folder: Path) -> str | None:
     return eos.get("content") if isinstance(eos, dict) else eos
 
 
-def _choose_encoder(vocabulary: Vocabulary, requested: str) -> Encoder:
-    own, reference = vocabulary.reference_name, vocabulary.reference()
+def _check_literals(vocabulary: Vocabulary, reference: Encoder, eod: str, eod_id: int) -> None:
+    # the other formats' libraries make no special token of text: there only an EOD that is none could come out of it
+    specials = vocabulary.specials if isinstance(vocabulary, HuggingFaceFile) else {}
+    if found := leaks(reference, {eod: eod_id, **specials}, eod_id):
+        text, got = found[0]
+        what = f"the end of document '{eod}'" if got == eod_id else "a special token"
+        raise UserError(
+            f"expected special tokens' literals in a text to stay text, got {what} (id {got}) from the text '{text}' "
+            f"by {vocabulary.file}; name another --eod-token, mark it special in added_tokens, or take a tokenizer "
+            "whose special tokens are not in its model's vocabulary (for Unigram: the SentencePiece .model)"
+        )
+
+
+def _choose_encoder(vocabulary: Vocabulary, reference: Encoder, requested: str) -> Encoder:
+    own = vocabulary.reference_name
     if requested == own:
         return reference
     if requested not in ("auto", "fastokens"):

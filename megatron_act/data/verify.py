@@ -37,7 +37,7 @@ def verify(prefix: str | Path) -> Findings:
     Sources and the tokenizer are compared where they still are; files of the hub are not fetched again.
 
     Raises:
-        UserError: no manifest at P, or one that is not ours.
+        UserError: no manifest at P, or one that is not ours or lacks something.
     """
     path = Path(f"{prefix}.manifest.json")
     try:
@@ -47,9 +47,16 @@ def verify(prefix: str | Path) -> Findings:
         raise UserError(f"expected a manifest at {path}, got {error!r}; give the --output-prefix of a run") from error
     if known != FORMAT:
         raise UserError(f"expected the format {FORMAT} in {path}, got {known}; use the version that wrote it")
+    try:
+        return _check(path.parent, manifest)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"expected a whole manifest at {path}, got {error!r} in reading it; restore it") from error
+
+
+def _check(folder: Path, manifest: dict) -> Findings:
     findings = Findings()
     for output in manifest["outputs"]:
-        _check_output(findings, path.parent, output, manifest)
+        _check_output(findings, folder, output, manifest)
     _check_totals(findings, manifest)
     _check_origins(findings, manifest)
     return findings

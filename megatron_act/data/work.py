@@ -213,6 +213,7 @@ def _acquire(folder: Path) -> IO[bytes]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.close()
             raise UserError(
                 f"expected {folder} to be free, got one that another run is using; wait for it or name another output"
             ) from None
@@ -254,7 +255,7 @@ def room(folder: Path) -> Iterator[None]:
 def _entries(folder: Path) -> list[Path]:
     try:
         return list(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

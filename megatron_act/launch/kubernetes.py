@@ -3,6 +3,12 @@
 Both give every node a pod with a name of its own in DNS; node 0's is the rendezvous. The operator also sets torchrun's
 variables (PET_*), which the flags of our line override. A pod that is evicted gets SIGTERM: its ranks save, and exit
 code 143 makes the controller start the pods again.
+
+A preemption is no failure, but both controllers have one limit for all restarts, and one that is reached ends the job:
+`PREEMPTIONS` is large for that. The training operator (1.9, pkg/core/job.go) adds up the restarts of all pods, so that
+a preemption costs one for each node that stays; a JobSet counts starts of the whole set. Where a lost machine's
+replacement is late, its preflight gives up after ``rendezvous_seconds`` and that counts too. Failures in one start are
+limited by torchrun's ``max_restarts``; a job that fails at every start, e.g. by a wrong path, is to be deleted by hand.
 """
 
 from typing import Any
@@ -13,6 +19,7 @@ from megatron_act.launch.job import Job
 SUFFIX = ".yaml"
 MOUNT, SCRIPT = "/etc/megatron-act", "node.sh"
 CONTAINER = "pytorch"  # the name that the training operator looks for
+PREEMPTIONS = 100  # that a job survives
 SHARED_MEMORY = {"name": "shm", "emptyDir": {"medium": "Memory"}}  # data loaders and NCCL; a container's own is 64 MB
 
 
@@ -25,7 +32,7 @@ def render_pytorchjob(job: Job) -> str:
         for kind, count in replicas.items()
         if count
     }
-    spec = {"runPolicy": {"cleanPodPolicy": "None", "backoffLimit": job.settings.max_restarts}}
+    spec = {"runPolicy": {"cleanPodPolicy": "None", "backoffLimit": PREEMPTIONS * job.nodes}}
     return yaml_text.dump(
         _config_map(job, node.script(job, [*place, *_end(job)])),
         _object("kubeflow.org/v1", "PyTorchJob", job, {"spec": spec | {"pytorchReplicaSpecs": specs}}),
@@ -46,7 +53,7 @@ def render_jobset(job: Job) -> str:
     }
     spec = {
         "network": {"enableDNSHostnames": True, "subdomain": job.name, "publishNotReadyAddresses": True},
-        "failurePolicy": {"maxRestarts": job.settings.max_restarts},
+        "failurePolicy": {"maxRestarts": PREEMPTIONS},
         "replicatedJobs": [{"name": "node", "replicas": 1, "template": template}],
     }
     return yaml_text.dump(

@@ -6,14 +6,16 @@ It is the same on every platform but for the lines that say where a node is. Eac
     NODE_ADDR    how other nodes reach this one
     RDZV_HOST    how all nodes reach node 0
     RDZV_PORT    a port that is free there, and the next one too
-    RDZV_ID      the same on all nodes, another one after a restart of the job
+    RDZV_ID      the same on all nodes; after a restart of the job another one (Slurm) or the same (the others)
     PREEMPTED    exit code after a preemption: 0, or what makes the platform start the job again
 
 torchrun is `interruption_torchrun`: each start of the ranks has a store of its own, without which a restart hangs.
 
 Signals: the notice (SIGUSR1 from Slurm, SIGTERM from Kubernetes) goes to the ranks, as SIGTERM, to each
 once: a second one could end a rank that is done. With Megatron's --exit-signal-handler all ranks save after the current
-step and exit with 0. A file beside the checkpoints tells the nodes that got no notice why the run ended.
+step and exit with 0. A file beside the checkpoints, the mark, tells the nodes that got no notice why the run ended. One
+of an earlier run says nothing: it is older than what the node wrote when it started, by the clock of the same file
+system. Nobody deletes it, so that a node of the next run cannot take it from one that has yet to look.
 """
 
 import shlex
@@ -24,36 +26,31 @@ from megatron_act.launch.job import PREFLIGHT, TRAIN, Job
 _SIGNALS = r"""
 # The notice of a preemption: the ranks save and end. Each is told once, however often it comes.
 forward() {
-  local rank
-  noticed=1
+  local agent rank
   touch "$mark" || true
   if [[ -n "$child" ]]; then
-    for rank in $(pgrep -P "$child"); do
-      if [[ "$told" == *" $rank "* ]]; then continue; fi
-      told+="$rank "
-      kill -TERM "$rank" || true
+    for agent in $(pgrep -P "$child"); do
+      for rank in $(pgrep -P "$agent"); do
+        if [[ "$told" == *" $rank "* ]]; then continue; fi
+        told+="$rank "
+        kill -TERM "$rank" || true
+      done
     done
   fi
   echo "node $NODE_RANK: notice received, the ranks save and end" >&2
 }
 child=""
 told=" "
-noticed=0
 mark="$RUN_DIR/preempted-$RDZV_ID"
+started="$RUN_DIR/logs/node-$NODE_RANK/started"
+touch "$started" # a mark that is older is an earlier run's
 trap forward USR1 TERM
-if [[ "$NODE_RANK" == 0 ]]; then rm -f "$mark"; fi
 """
 _WAIT = r"""
   child=$!
-  local code
-  while true; do # a trapped signal ends the waiting, not what is waited for
-    code=0
-    noticed=0
-    wait "$child" || code=$?
-    if [[ "$noticed" == 0 ]]; then break; fi
-  done
+  while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done # a trapped signal ends the waiting only
   child=""
-  return "$code"
+  return "$(cat "$code")"
 }
 """
 _JOINING = r"""
@@ -125,7 +122,8 @@ def script(job: Job, place: list[str], workdir: str = "") -> str:
         _SIGNALS,
         "# the config as it was when the job was submitted",
         'config="$(mktemp)"',
-        "trap 'rm -f \"$config\"' EXIT",
+        'code="$(mktemp)" # of torchrun: what `wait` says is not certain when a signal comes at that moment',
+        'trap \'rm -f "$config" "$code"\' EXIT',
         "cat >\"$config\" <<'MODEL_ARGS_YAML'",
         job.config_text() + "MODEL_ARGS_YAML",
         "",
@@ -133,9 +131,13 @@ def script(job: Job, place: list[str], workdir: str = "") -> str:
         "ranks() {",
         '  local module="$1" port="$2" restarts="$3"',
         "  shift 3",
+        '  echo 1 >"$code"',
         "  (",
         "    trap '' USR1",
-        "    exec " + " \\\n      ".join(torchrun(job)),
+        "    trap : TERM # torchrun's to answer, this shell writes down how it ends",
+        "    result=0",
+        "    " + " \\\n      ".join(torchrun(job)) + " || result=$?",
+        '    echo "$result" >"$code"',
         "  ) &" + _WAIT.rstrip(),
         "",
         *_steps(job),
@@ -148,7 +150,7 @@ def _steps(job: Job) -> list[str]:
     if job.preflight and job.train and job.nodes > 1:
         preflight = [_JOINING.strip(), *(f"  {line}" for line in preflight), "fi"]
     train = [f'ranks {TRAIN} "$RDZV_PORT" {job.settings.max_restarts}'] if job.train else []
-    return [*preflight, *train, 'if [[ -e "$mark" ]]; then exit "$PREEMPTED"; fi']
+    return [*preflight, *train, 'if [[ "$mark" -nt "$started" ]]; then exit "$PREEMPTED"; fi']
 
 
 def _preflight(job: Job) -> list[str]:

@@ -38,7 +38,7 @@ class Settings:
         rendezvous_seconds: how long nodes wait for each other, at the start (they boot and pull images at different
             times) and after one has failed (its replacement).
         min_bus_gbps: all-reduce bandwidth in GB/s below which the preflight fails; 0: it only reports.
-        image: container image; for Slurm with ``runtime`` pyxis or apptainer.
+        image: container image, REGISTRY/NAME:TAG or a file; for Slurm with ``runtime`` pyxis or apptainer.
         mounts: folders that the container sees, PATH or PATH:PATH (Slurm).
         cpus_per_gpu: CPU cores that the job asks for, per GPU.
         claims: PersistentVolumeClaim to mount path (Kubernetes).

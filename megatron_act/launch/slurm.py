@@ -1,11 +1,17 @@
-"""Slurm: one batch script. It requeues itself when it was given notice, and resumes from its last checkpoint."""
+"""Slurm: one batch script. It requeues itself when it was given notice, and resumes from its last checkpoint.
 
+Its own log is in the folder of submission, the one that surely exists before it runs: slurmd opens the log first, and
+fails the job where its folder is not there. The nodes' logs are in the run's folder, which the script makes.
+"""
+
+import re
 import shlex
 
 from megatron_act.launch import node
 from megatron_act.launch.job import Job
 
 SUFFIX = ".sbatch"
+_REGISTRY = re.compile(r"^([\w-]+(?:\.[\w-]+)+(?::\d+)?|[\w-]+:\d+)/")  # a host: with a dot, or with a port
 
 _PLACE = [
     'NODE_RANK="$SLURM_NODEID"',
@@ -24,15 +30,20 @@ _RUN = r"""
 # Notice comes before the time limit (--signal) or with a preemption (SIGTERM); srun hands SIGUSR1 to the node scripts.
 notice=0
 step=""
-trap 'notice=1; interrupted=1; if [[ -n "$step" ]]; then kill -USR1 "$step" || true; fi' USR1 TERM
-"""
-_WAIT = r"""step=$!
-while true; do # a trapped signal ends the waiting, not what is waited for
+result="$(mktemp)" # of srun: what `wait` says is not certain when a signal comes at that moment
+echo 1 >"$result"
+trap 'rm -f "$result"' EXIT
+trap 'notice=1; if [[ -n "$step" ]]; then pkill -USR1 -P "$step" || true; fi' USR1 TERM
+(
+  trap : USR1 TERM # srun's to answer, this shell writes down how it ends
+  trap - EXIT
   code=0
-  interrupted=0
-  wait "$step" || code=$?
-  if [[ "$interrupted" == 0 ]]; then break; fi
-done
+"""
+_WAIT = r"""  echo "$code" >"$result"
+) &
+step=$!
+while kill -0 "$step" 2>/dev/null; do wait "$step" || true; done # a trapped signal ends the waiting only
+code="$(cat "$result")"
 if [[ "$notice" == 1 && "$code" == 0 ]]; then
   scontrol requeue "$SLURM_JOB_ID" # it goes on from the checkpoint that the ranks have just written
 fi
@@ -55,7 +66,7 @@ def render(job: Job) -> str:
             f"cat >{script} <<'NODE_SCRIPT'",
             node.script(job, _PLACE) + "NODE_SCRIPT",
             _RUN,
-            f"{' '.join(_srun(job))} bash {script} &",
+            f"  {' '.join(_srun(job))} bash {script} || code=$?",
             _WAIT,
         ]
     )
@@ -77,7 +88,7 @@ def _directives(job: Job) -> list[str]:
         "--requeue",
         f"--signal=B:USR1@{settings.grace_seconds}",
         "--open-mode=append",
-        f"--output={job.folder}/logs/%x-%j.log",
+        "--output=%x-%j.log",
     ]
 
 
@@ -88,10 +99,18 @@ def _srun(job: Job) -> list[str]:
     mounts = [settings.workdir, settings.output, *settings.mounts]
     if settings.runtime == "pyxis":
         pairs = ",".join(path if ":" in path else f"{path}:{path}" for path in mounts)
-        words += [f"--container-image={shlex.quote(settings.image)}", f"--container-mounts={shlex.quote(pairs)}"]
+        words += [
+            f"--container-image={shlex.quote(_pyxis_image(settings.image))}",
+            f"--container-mounts={shlex.quote(pairs)}",
+        ]
     if settings.runtime == "apptainer":
         words += ["apptainer", "exec", "--nv", "--bind", shlex.quote(",".join(mounts)), shlex.quote(settings.image)]
     return words
+
+
+def _pyxis_image(image: str) -> str:
+    """REGISTRY#NAME:TAG of REGISTRY/NAME:TAG: without the # enroot up to 3 looks for all of it on Docker Hub."""
+    return _REGISTRY.sub(r"\1#", image)
 
 
 def submit(path: str, job: Job) -> list[str]:
