@@ -10,6 +10,7 @@ import pickle
 from argparse import Namespace
 from pathlib import Path
 
+from megatron_act.checkpoint.lengths import shortened
 from megatron_act.checkpoint.reader import TRACKER, chosen
 from megatron_act.checkpoint.restricted import read_metadata
 from megatron_act.checkpoint.tracker import write_tracker
@@ -61,23 +62,9 @@ def damage(checkpoint: Path) -> str | None:
     except (OSError, ValueError):
         return "metadata.json is missing or broken"
     try:
-        stored = read_metadata(checkpoint).storage_data or {}
+        return shortened(checkpoint, read_metadata(checkpoint))
     except _UNREADABLE:
         return ".metadata is missing or broken"
-    needed: dict[str, int] = {}
-    for info in stored.values():
-        needed[info.relative_path] = max(needed.get(info.relative_path, 0), info.offset + info.length)
-    return _shortened(checkpoint, needed)
-
-
-def _shortened(checkpoint: Path, needed: dict[str, int]) -> str | None:
-    for name, size in sorted(needed.items()):
-        file = checkpoint / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if (found := file.stat().st_size) < size:
-            return f"{name} has {found} of {size} bytes"
-    return None
 
 
 def _demand(checkpoint: Path, remedy: str) -> None:

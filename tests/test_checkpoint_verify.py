@@ -190,6 +190,11 @@ def test_foreign_code_is_not_run(tmp_path: Path) -> None:
     ours = Path(verify.__file__).parent / "modeling_megatron_act.py"
     shutil.copy(ours, tmp_path)
     assert verify._ships_our_code(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"auto_map": {"AutoConfig": "someone/else--modeling_megatron_act.MegatronActConfig"}}))
+    with pytest.raises(UserError, match=r"got another config\.json: read it"):
+        verify._ships_our_code(tmp_path)
+    config.unlink()
     (tmp_path / ours.name).write_text(ours.read_text() + "print('theirs')\n")
     with pytest.raises(
         UserError, match=r"got another modeling_megatron_act\.py: read it, then add --trust-remote-code"

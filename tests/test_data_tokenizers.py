@@ -196,6 +196,8 @@ def test_a_pattern_of_ones_own() -> None:
     ranks = _gpt2_ranks()
     assert encoded(load_encoder(info), ["the the"]) == [[ranks[b"the"], ranks[b" "], ranks[b"the"]]]
     assert open_tokenizer(file, pattern="gpt2", eod_id=60000).vocab_size == 60001
+    with pytest.raises(UserError, match=r"expected an end of document beyond the \d+ ranks of .*, got 7, .*--eod-id"):
+        open_tokenizer(file, pattern="gpt2", eod_id=7)
 
 
 def _words(vocabulary: dict[str, int]) -> Tokenizer:

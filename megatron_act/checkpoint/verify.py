@@ -105,12 +105,22 @@ def _ships_our_code(folder: Path) -> bool:
     files = list(folder.glob("*.py"))
     ours = Path(__file__).parent
     foreign = [file for file in files if not _same(file, ours / file.name)]
+    if files and _names_other_code(folder / "config.json"):
+        foreign.append(folder / "config.json")
     if foreign:
         raise UserError(
             f"--hf {folder}: expected this project's modelling file, got another {foreign[0].name}: read it, then add "
             "--trust-remote-code"
         )
     return bool(files)
+
+
+def _names_other_code(config: Path) -> bool:
+    """Whether it takes classes of another folder or of a hub: `OWNER/NAME--MODULE.CLASS`."""
+    try:
+        return "--" in str(json.loads(config.read_text(encoding="utf-8")).get("auto_map"))
+    except (OSError, ValueError, AttributeError):
+        return False  # which transformers will say
 
 
 def _same(file: Path, other: Path) -> bool:

@@ -149,6 +149,11 @@ def open_ranks(file: Path, pattern: str | None, eod_id: int | None) -> RankedBpe
     ranks = _whole(file, _parse_ranks(file))
     named = PATTERNS.get(pattern, Pattern(pattern, "<|endoftext|>", len(ranks)))
     eod = named.eod_id if eod_id is None else eod_id
+    if eod < len(ranks):
+        raise UserError(
+            f"expected an end of document beyond the {len(ranks)} ranks of {file}, got {eod}, which texts have too; "
+            "correct --eod-id"
+        )
     size = max(len(ranks), eod + 1)
     return RankedBpe(file, "tiktoken", ranks, named.regex, 0, {named.eod_token: eod}, size, named.eod_token)
 
