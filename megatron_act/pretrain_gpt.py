@@ -10,6 +10,8 @@ import signal
 import sys
 import time
 
+import torch.distributed as dist
+
 from megatron_act import arguments, cpu_backend, te
 from megatron_act.compat import install_typing_override
 from megatron_act.errors import BAD_INPUT, UserError
@@ -40,8 +42,20 @@ def main(argv: list[str]) -> int:
         cpu_backend.install()
     from megatron_act import training_run  # imports Megatron: after the backend's patches
 
-    training_run.run(flags, argv, program_start=PROGRAM_START)
+    try:
+        training_run.run(flags, argv, program_start=PROGRAM_START)
+    except SystemExit as end:  # Megatron's way to end a run early
+        if not end.code:
+            _leave_groups()
+        raise
+    _leave_groups()
     return 0
+
+
+def _leave_groups() -> None:
+    """Threads of gloo groups that are alive when the process ends abort it: a good run would exit with -6."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _entry() -> int:
